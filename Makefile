@@ -1,0 +1,43 @@
+# Every target sets up what it needs: on a fresh clone each works alone.
+
+PYTHON ?= python3
+TIME ?= 600
+
+PY := .venv/bin/python
+STAMP := .venv/.stamp
+
+CODE = $(foreach dir,src tests plugins benchmarks examples,$(if $(shell find $(dir) -name '*.py' 2>/dev/null | head -n 1),$(dir)))
+
+.PHONY: setup demo test lint prove bench clean
+
+setup: $(STAMP)
+
+# By environment, not by -c, so that the pins hold for the build backend too (newer pips: the second name).
+$(STAMP): pyproject.toml constraints.txt
+	@echo "setting up .venv (about a minute, once)"
+	@$(PYTHON) -m venv .venv
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+		$(PY) -m pip install -qq -e '.[dev]'
+	@touch $@
+
+demo: setup
+	@$(PY) examples/demo.py
+
+test: setup
+	@$(PY) -m pytest tests
+
+lint: setup
+	@$(PY) -m ruff check --quiet .
+	@$(PY) -m ruff format --quiet --check .
+	@$(PY) -m mypy --strict $(CODE)
+
+# make prove TIME=600: more seeds, more kills, fuzzing, for that many seconds
+prove: setup
+	@$(PY) -m tests.prove --seconds $(TIME)
+
+bench: setup
+	@$(PY) -m benchmarks
+
+clean:
+	@rm -rf .venv .flowlane build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

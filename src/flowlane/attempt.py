@@ -1,0 +1,453 @@
+"""One attempt at one unit: what a handler's ``Context`` does, and the commits that come of it.
+
+An attempt knows the version of its stream's head and expects exactly that with every append: the moment
+another attempt takes the unit over, everything this one still wants to commit is refused.
+"""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from flowlane import events
+from flowlane.deadline import Deadline
+from flowlane.errors import ConfigError, Fenced, Permanent, VersionConflict
+from flowlane.events import Event
+from flowlane.lane import Dead, F, Fact, Stage, Unit, fact_stream, stream_of
+from flowlane.ports import (
+    Append,
+    Commit,
+    Delivery,
+    ObjectInfo,
+    Publish,
+    Rows,
+    Store,
+    Tally,
+    UnitRef,
+)
+from flowlane.state import Counts, Progress, Transfer, progress
+from flowlane.transfer import Selection, copy, load
+
+if TYPE_CHECKING:
+    from flowlane.engine import Engine, Handling
+
+#: Children registered by one commit; with its own event, facts and tallies it stays below MAX_ACTIONS.
+CHUNK = 64
+_MAX_STEP_RESULT = 64 * 1024
+Terminal = Literal["unit.settled", "unit.skipped", "unit.superseded", "unit.dead"]
+
+
+class Attempt:
+    """One handling of one delivery; the handler sees it as its ``Context``."""
+
+    __slots__ = (
+        "_began_at",
+        "_children",
+        "_facts",
+        "_known",
+        "_ordinal",
+        "_progress",
+        "deadline",
+        "delivery",
+        "engine",
+        "event",
+        "final",
+        "handling",
+        "kind",
+        "lost",
+        "origin",
+        "outcome",
+        "stage",
+        "started",
+        "version",
+    )
+
+    def __init__(self, engine: Engine, handling: Handling, delivery: Delivery, origin: Event, deadline: Deadline) -> None:
+        self.engine = engine
+        self.handling = handling
+        self.stage: Stage = handling.stage
+        self.delivery = delivery
+        self.origin = origin
+        self.event = origin
+        self.version = origin.version
+        self.deadline = deadline
+        self.started = False
+        self.lost = False
+        self.kind: Terminal = "unit.settled"
+        self.final: Event | None = None
+        self.outcome = ""
+        self._progress: Progress | None = None
+        self._children: builtins.list[tuple[Event, Stage]] = []
+        self._facts: dict[str, tuple[int, Event]] = {}
+        self._known: dict[str, int] = {}
+        self._ordinal = 0
+        self._began_at = 0.0
+
+    # ------------------------------------------------------------------ what it stands for
+
+    @property
+    def progress(self) -> Progress:
+        """The unit's cumulative state, changed by this attempt and logged with its next event."""
+        if self._progress is None:
+            self._progress = progress(self.origin)
+        return self._progress
+
+    @property
+    def lane(self) -> str:
+        return self.stage.lane
+
+    @property
+    def run(self) -> str:
+        return self.origin.run
+
+    @property
+    def unit(self) -> str:
+        return self.origin.subject
+
+    @property
+    def attempts_left(self) -> int:
+        """Attempts that the policy still allows after this one."""
+        begun = self.progress.attempt if self.started else self.progress.attempt + 1
+        return max(0, self.stage.policy.retries + 1 - max(begun, 1))
+
+    @property
+    def ref(self) -> UnitRef:
+        """Who writes: for sinks to fence by."""
+        return UnitRef(self.unit, self.progress.token, getattr(self.event.data, "generation", 0) or 0)
+
+    def now(self) -> datetime:
+        return self.engine.clock.now()
+
+    def near_deadline(self) -> bool:
+        """Whether a long effect should stop at its next safe point."""
+        return self.lost or self.deadline.near(self.engine.clock.monotonic())
+
+    def next_name(self, kind: str) -> str:
+        """The name of the handler's next effect of `kind`: by order, the same on every attempt."""
+        self._ordinal += 1
+        return f"{kind}-{self._ordinal}"
+
+    # ------------------------------------------------------------------ appending
+
+    def make(self, kind: str, data: Progress | None) -> Event:
+        """The next event of the unit's own stream."""
+        return self.engine.event(
+            kind,
+            self.origin,
+            version=self.version + 1,
+            data=events.EMPTY if data is None else msgspec.Raw(events.encode_data(data)),
+            cause=self.event.id,
+            stage=self.stage.name,
+        )
+
+    async def start(self) -> None:
+        """Append ``attempt.started`` before the first effect outside; its version is the fencing token."""
+        if self.started:
+            return
+        now = self.progress
+        now.attempt += 1
+        now.token = self.version + 1
+        await self._append(events.ATTEMPT_STARTED)
+        self.started = True
+
+    async def record(self, kind: str, *, moved: bool) -> None:
+        """Log the unit's progress; `moved` says that it is further than it has ever been.
+
+        Raises:
+            Fenced: another attempt has taken the unit over: have no further effect.
+        """
+        if moved:
+            self.progress.attempt = 0
+            self.progress.hops = 0
+        await self._append(kind)
+
+    async def _append(self, kind: str) -> None:
+        if self.lost:
+            raise Fenced(f"{self.unit}: the lease of this attempt was lost; another one has the unit")
+        own = self.make(kind, self.progress)
+        result = await self.engine.commit(Commit(appends=(Append(self.unit, self.version, (own,)),)))
+        if isinstance(result, VersionConflict):
+            raise result
+        self.version += 1
+
+    # ------------------------------------------------------------------ discovery
+
+    async def found(self, item: Any) -> None:
+        """Take what the handler yielded: a unit to register, or a fact to append with them.
+
+        Raises:
+            Permanent: it is neither, or no stage handles such units.
+        """
+        if isinstance(item, Fact):
+            await self._add_fact(item)
+        elif isinstance(item, Unit):
+            self._add_child(item)
+        else:
+            raise Permanent(f"stage {self.stage.name} yielded {item!r:.80}: yield units (or facts), nothing else")
+        if len(self._children) >= CHUNK:
+            await self.flush()
+
+    def _add_child(self, unit: Unit) -> None:
+        handling = self.engine.handling(self.lane, unit.unit_type)
+        if handling is None:
+            raise Permanent(
+                f"stage {self.stage.name} yielded {type(unit).__name__}, which no stage of lane {self.lane} handles"
+            )
+        head = self.origin
+        child = Event(
+            self.engine.next_id(),
+            self.lane,
+            unit.unit_type,
+            stream_of(self.lane, unit),
+            self.engine.stamp(),
+            msgspec.Raw(events.encode_data(unit)),
+            1,
+            head.run,
+            head.round,
+            self.event.id,
+            handling.stage.name,
+            handling.cut,
+            unit.unit_schema,
+            head.traceparent,
+        )
+        if child.subject not in self._known:
+            self._known[child.subject] = 0
+            self._children.append((child, handling.stage))
+
+    async def _add_fact(self, fact: Fact) -> None:
+        stream = stream_of(self.lane, fact) if fact.unit_key else f"{self.lane}/{fact.unit_type}"
+        if stream not in self._known:
+            head = (await self.engine.backend.last([stream])).get(stream)
+            self._known[stream] = head.version if head else 0
+        expected = self._known[stream]
+        event = Event(
+            self.engine.next_id(),
+            self.lane,
+            fact.unit_type,
+            stream,
+            self.engine.stamp(),
+            msgspec.Raw(events.encode_data(fact)),
+            expected + 1,
+            self.run,
+            self.origin.round,
+            self.event.id,
+            "",
+            "",
+            fact.unit_schema,
+        )
+        self._facts[stream] = (expected, event)
+
+    async def flush(self) -> None:
+        """Register what was found so far, fenced by a progress event on the finder's own stream."""
+        if not self._children and not self._facts:
+            return
+        while True:
+            self.progress.children += len(self._children)
+            commit = self._commit(self.make(events.DISCOVERY_PROGRESS, self.progress), ())
+            result = await self.engine.commit(commit)
+            if not isinstance(result, VersionConflict):
+                break
+            self.progress.children -= len(self._children)
+            self.drop_known(result)
+        moved = bool(self._children or self._facts)
+        self.version += 1
+        self._forget()
+        if moved:
+            self.progress.attempt = 0
+            self.progress.hops = 0
+
+    def _forget(self) -> None:
+        for stream, (expected, _) in self._facts.items():
+            self._known[stream] = expected + 1
+        for child, _ in self._children:
+            self._known.pop(child.subject, None)
+        self._children = []
+        self._facts = {}
+
+    def drop_known(self, conflict: VersionConflict) -> None:
+        """Leave out the children that exist already, so that the rest can be committed.
+
+        Raises:
+            VersionConflict: it is not (only) children that conflict.
+        """
+        left = [(child, stage) for child, stage in self._children if child.subject not in conflict.heads]
+        if len(self._children) - len(left) != len(conflict.heads):
+            raise conflict
+        self._children = left
+
+    def _commit(self, own: Event, tally: Sequence[Tally], *, ack: Delivery | None = None, again: float = -1.0) -> Commit:
+        appends = [Append(self.unit, self.version, (own,))]
+        publish = []
+        tallies = list(tally)
+        if self._children or self._facts:
+            found: dict[str, int] = {}
+            for child, stage in self._children:
+                appends.append(Append(child.subject, 0, (child,)))
+                publish.append(Publish(child, stage.queue))
+                if stage.counted:
+                    found[stage.name] = found.get(stage.name, 0) + 1
+            appends.extend(Append(stream, expected, (event,)) for stream, (expected, event) in self._facts.items())
+            tallies.extend(Tally(own.run, own.round, stage, found=n) for stage, n in found.items())
+        if again >= 0:
+            publish.append(Publish(own, self.stage.queue, again))
+        return Commit(appends, publish, tallies, ack)
+
+    # ------------------------------------------------------------------ ending
+
+    def conclude(self, kind: Terminal, reason: str = "") -> Commit:
+        """The commit that ends the unit: terminal event, tally, what was found, and the ack."""
+        untouched = self._progress is None and not reason
+        if not untouched:
+            if kind != events.UNIT_SKIPPED:
+                self.progress.reason = reason
+            self.progress.delay = 0.0
+        if self._children:
+            self.progress.children += len(self._children)
+        self.kind = kind
+        data = None if untouched and not self._children else self.progress
+        self.final = self.make(kind, data)
+        commit = self._commit(self.final, self._final_tally(kind), ack=self.delivery)
+        if kind == "unit.dead":
+            commit = self._with_notice(commit, reason)
+        return commit
+
+    def conclude_again(self, conflict: VersionConflict) -> Commit:
+        """The same end without the children that exist already.
+
+        Raises:
+            VersionConflict: the unit itself (or a fact) has moved on.
+        """
+        before = len(self._children)
+        self.drop_known(conflict)
+        self.progress.children -= before
+        return self.conclude(self.kind, self.progress.reason)
+
+    def _final_tally(self, kind: Terminal) -> tuple[Tally, ...]:
+        counts = self.progress.counts if self._progress is not None else None
+        head, name = self.origin, self.stage.name
+        if self.stage.on == events.LANE_TRIGGERED:
+            return (Tally(head.run, head.round, name, counts=counts, closed=True),)
+        if not self.stage.counted:
+            return ()
+        return (
+            Tally(
+                head.run,
+                head.round,
+                name,
+                0,
+                1,
+                int(kind == events.UNIT_DEAD),
+                int(kind == events.UNIT_SKIPPED),
+                int(kind == events.UNIT_SUPERSEDED),
+                0,
+                counts,
+            ),
+        )
+
+    def _with_notice(self, commit: Commit, reason: str) -> Commit:
+        handling = self.engine.handling(self.lane, events.LANE_DEAD)
+        if handling is None or not (self.stage.counted or self.stage.on == events.LANE_TRIGGERED):
+            return commit
+        dead = Dead(unit=self.unit, round=self.origin.round, reason=reason, stage=self.stage.name)
+        notice = self.engine.notice(events.LANE_DEAD, dead, self.origin, handling)
+        return msgspec.structs.replace(
+            commit,
+            appends=[*commit.appends, Append(notice.subject, 0, (notice,))],
+            publish=[*commit.publish, Publish(notice, handling.stage.queue)],
+        )
+
+    def discard_found(self) -> None:
+        """Forget what was found and is not registered yet: it will be found again, or never."""
+        self._children = []
+        self._facts = {}
+
+    @property
+    def has_facts(self) -> bool:
+        """Whether a fact is part of what is not committed yet."""
+        return bool(self._facts)
+
+    @property
+    def cut(self) -> str:
+        """The cutting policy recorded in the unit's first event."""
+        return self.event.cut
+
+    def postpone(self, kind: str, delay: float, reason: str = "") -> Commit:
+        """The commit that hands the unit to a later delivery: a retry, or a continuation. What was found but
+        not yet registered will be found again."""
+        self.discard_found()
+        self.progress.reason = reason
+        self.progress.delay = delay
+        self.final = self.make(kind, self.progress)
+        return self._commit(self.final, (), ack=self.delivery, again=delay)
+
+    # ------------------------------------------------------------------ the rest of the context
+
+    async def head(self, url: str, *, headers: Mapping[str, str] | None = None) -> ObjectInfo | None:
+        store: Store = await self.engine.connections.store(url)
+        return await store.head(url, headers=headers)
+
+    async def list(self, url: str) -> AsyncIterator[ObjectInfo]:
+        store: Store = await self.engine.connections.store(url)
+        async for found in store.list(url):
+            yield found
+
+    async def recall(self, fact: type[F], **key: Any) -> F | None:
+        stream = fact_stream(self.lane, fact, key)
+        head = (await self.engine.backend.last([stream])).get(stream)
+        self._known[stream] = head.version if head else 0
+        return None if head is None else self.engine.payload(head, fact)
+
+    def rows(self, url: str, **options: Any) -> Rows:
+        return Selection(url, options)
+
+    async def load(self, rows: Rows, *, to: str, **options: Any) -> Counts:
+        if not isinstance(rows, Selection):
+            raise ConfigError(f"load takes what ctx.rows() gives, not {rows!r:.60}")
+        return await load(self, rows, to, options)
+
+    async def copy(  # noqa: PLR0913  # the parameters are the promise of the port
+        self,
+        url: str,
+        *,
+        to: str,
+        verify: Literal["content", "length"] = "content",
+        headers: Mapping[str, str] | None = None,
+        etag: str = "",
+        overwrite: bool = False,
+    ) -> ObjectInfo:
+        return await copy(self, url, to, verify, headers, etag, overwrite)
+
+    async def step(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
+        steps = self.progress.steps
+        if name in steps:
+            return steps[name]
+        await self.start()
+        keyword = {}
+        if "idempotency_key" in inspect.signature(function).parameters:
+            keyword["idempotency_key"] = f"{self.unit}#{self.origin.round}/{name}"
+        result = await function(*args, **keyword)
+        try:
+            size = len(events.encode_data(result))
+        except (TypeError, msgspec.EncodeError) as error:
+            raise Permanent(f"step {name!r} returned what JSON cannot hold ({error}): return plain values") from None
+        if size > _MAX_STEP_RESULT:
+            raise Permanent(f"step {name!r} returned {size:,} bytes, the limit is {_MAX_STEP_RESULT:,}: store it, return its URL")
+        steps[name] = msgspec.to_builtins(result)
+        await self.record(events.STEP_DONE, moved=True)
+        return steps[name]
+
+    async def secret(self, reference: str) -> str:
+        return await self.engine.connections.secret(reference)
+
+    def skip(self, reason: str) -> None:
+        self.progress.reason = reason
+        self.kind = "unit.skipped"
+
+    def transfer(self, name: str) -> Transfer:
+        """How far the effect called `name` has come, by the log."""
+        return self.progress.transfers.get(name, Transfer())

@@ -1,0 +1,151 @@
+"""What the embedded backends have in common: the checks of a commit, copies of tallies, partitions."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+import msgspec
+
+from flowlane.errors import Permanent
+from flowlane.events import MAX_ACTIONS, MAX_EVENT_BYTES, Event, encode, encode_data
+from flowlane.ports import ChannelBatch, Commit
+from flowlane.state import Counts, RunTally, StageTally
+
+#: A channel's records are spread over this many partitions, by their key.
+PARTITIONS = 16
+
+#: Seconds for which a consumer holds a partition whose batch it was handed; after that another one gets it.
+CHANNEL_LEASE = 30.0
+
+#: Seconds between two looks for what another process may have written, or what has become due.
+POLL = 0.05
+
+# Below this a payload cannot make its event too long, unless its names are absurd; encoding every event to
+# know its exact length would cost more than all the rest of a commit in memory.
+_SURELY_FITS = MAX_EVENT_BYTES - 8192
+
+
+def partition(key: str) -> int:
+    """The partition that `key` belongs to; the same in every process and release."""
+    return zlib.crc32(key.encode()) % PARTITIONS
+
+
+def check(work: Sequence[Commit]) -> None:
+    """Refuse malformed commits before any of `work` is applied.
+
+    Raises:
+        Permanent: a commit holds more than ``MAX_ACTIONS`` actions, names one stream twice, or appends no
+            event, or one that does not belong where it is put (subject, version) or is too long.
+    """
+    for commit in work:
+        appends = commit.appends
+        actions = len(commit.tally)
+        for append in appends:
+            version = append.expected
+            if not append.events:
+                raise Permanent(f"a commit appends nothing to {append.stream}")
+            for event in append.events:
+                version += 1
+                if event.version != version or event.subject != append.stream:
+                    raise Permanent(
+                        f"event {event.id} ({event.type}) of {event.subject} version {event.version} "
+                        f"cannot be version {version} of {append.stream}"
+                    )
+            actions += version - append.expected
+        if actions > MAX_ACTIONS:
+            raise Permanent(
+                f"a commit of {actions} actions was refused: the limit is {MAX_ACTIONS}, use several"
+            )
+        if len(appends) > 1 and len({append.stream for append in appends}) < len(appends):
+            raise Permanent(f"a commit appends twice to one stream: {[append.stream for append in appends]}")
+
+
+def sealed(event: Event) -> Event:
+    """`event` with its payload as immutable JSON bytes, as the log holds it.
+
+    Raises:
+        Permanent: it is longer than ``MAX_EVENT_BYTES``.
+    """
+    if not isinstance(event.data, msgspec.Raw):
+        event = msgspec.structs.replace(event, data=msgspec.Raw(encode_data(event.data)))
+    if len(event.data) > _SURELY_FITS:
+        encode(event)
+    return event
+
+
+def copy_counts(counts: Counts) -> Counts:
+    """`counts` as they are now."""
+    return msgspec.structs.replace(counts)
+
+
+def copy_tally(tally: RunTally) -> RunTally:
+    """`tally` as it is now, for somebody who keeps it while the original goes on counting."""
+    stages: dict[str, StageTally] = {
+        name: msgspec.structs.replace(stage, counts=copy_counts(stage.counts))
+        for name, stage in tally.stages.items()
+    }
+    return RunTally(tally.closed, stages)
+
+
+class News:
+    """Something was written that receivers or consumers of this process may wait for."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._waiters: set[asyncio.Event] = set()
+
+    def __call__(self) -> None:
+        self._count += 1
+        for waiter in self._waiters:
+            waiter.set()
+
+    @property
+    def count(self) -> int:
+        """How often there were news; taken before one looks, and given to ``wait`` if one found nothing."""
+        return self._count
+
+    async def wait(self, seen: int, seconds: float) -> None:
+        """Return when there are news since `seen`, after `seconds` at the latest."""
+        if seen != self._count:
+            return
+        waiter = asyncio.Event()
+        self._waiters.add(waiter)
+        try:
+            async with asyncio.timeout(seconds):
+                await waiter.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self._waiters.remove(waiter)
+
+
+async def consume(
+    find: Callable[[], Awaitable[ChannelBatch | float | None]],
+    give_up: Callable[[], None],
+    news: News,
+    wait: float,
+    poll: float,
+) -> AsyncIterator[ChannelBatch]:
+    """What ``Channel.consume`` promises, made of `find`: the next batch; or in how many seconds a partition that
+    another consumer holds becomes free; or ``None``. `give_up` frees what was handed out and not settled."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + wait
+    try:
+        while True:
+            seen = news.count
+            found = await find()
+            if found is not None and not isinstance(found, float):
+                yield found
+                end = loop.time() + wait
+                continue
+            left = end - loop.time()
+            # What another one holds is not the end: should it die, its records come here.
+            if found is None and left <= 0:
+                return
+            pauses = [seconds for seconds in (found, left if left > 0 else None) if seconds is not None]
+            # At least a millisecond: a difference too small to move the clock would be asked for without end.
+            await news.wait(seen, max(0.001, min(*pauses, poll)))
+    finally:
+        give_up()

@@ -1,0 +1,458 @@
+"""``memory://``: log, queue and channels in this process, gone when it ends; the reference for every other.
+
+Nothing here awaits between reading and changing, so that every call is atomic among the loop's tasks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from heapq import heapify, heappop, heappush
+from itertools import count
+from math import inf
+from types import MappingProxyType
+from urllib.parse import urlsplit
+
+import msgspec
+
+from flowlane import state
+from flowlane.backends.common import (
+    CHANNEL_LEASE,
+    PARTITIONS,
+    News,
+    check,
+    consume,
+    copy_tally,
+    partition,
+    sealed,
+)
+from flowlane.clock import Clock
+from flowlane.errors import ConfigError, VersionConflict
+from flowlane.events import Event
+from flowlane.ports import (
+    Append,
+    Channel,
+    ChannelBatch,
+    ChannelRecord,
+    Commit,
+    Committed,
+    Delivery,
+    Environment,
+    Index,
+    Tally,
+)
+from flowlane.state import RunTally, StageTally
+
+_NOTHING: Mapping[tuple[str, int], RunTally] = MappingProxyType({})
+_DONE = Committed(_NOTHING)
+
+# An iteration gives way to other tasks after this many events.
+_CHUNK = 512
+
+
+class _Delivery(msgspec.Struct, eq=False, gc=False):
+    """``lease`` holds every delivery that was received along with this one and is not settled yet, this one
+    among them; ``None`` once it is settled or the lease has ended."""
+
+    event: Event
+    stage: str
+    attempt: int
+    head: Event | None
+    backend: MemoryBackend
+    lease: dict[_Delivery, None] | None
+
+    async def ack(self) -> None:
+        self.backend._expire()
+        self.backend._ack(self)
+
+    async def nack(self, *, delay: float = 0) -> None:
+        backend = self.backend
+        backend._expire()
+        if backend._release(self):
+            backend._put(self.event, self.stage, self.attempt, delay)
+
+    async def extend(self, seconds: float) -> bool:
+        self.backend._expire()
+        return self.backend._extend(self, seconds)
+
+
+class _Queue:
+    """What waits for one stage: what is due, in order of arrival, and a heap of what is not yet."""
+
+    __slots__ = ("delayed", "ready")
+
+    def __init__(self) -> None:
+        self.ready: deque[tuple[Event, int]] = deque()
+        self.delayed: list[tuple[float, int, Event, int]] = []
+
+    def promote(self, now: float) -> None:
+        """What is due by `now` is ready."""
+        delayed = self.delayed
+        while delayed and delayed[0][0] <= now:
+            _, _, event, attempt = heappop(delayed)
+            self.ready.append((event, attempt))
+
+
+class _Round:
+    """One (run, round): its counters, and how many of its units have no terminal event yet."""
+
+    __slots__ = ("tally", "unsettled")
+
+    def __init__(self) -> None:
+        self.tally = RunTally()
+        self.unsettled = 0
+
+    def add(self, tally: Tally) -> None:
+        if tally.closed:
+            self.tally.closed = True
+        stage = self.tally.stages.get(tally.stage)
+        if stage is None:
+            stage = self.tally.stages[tally.stage] = StageTally()
+        stage.found += tally.found
+        stage.settled += tally.settled
+        self.unsettled += tally.found - tally.settled
+        if tally.dead:
+            stage.dead += tally.dead
+        if tally.skipped:
+            stage.skipped += tally.skipped
+        if tally.superseded:
+            stage.superseded += tally.superseded
+        if tally.redriven:
+            stage.redriven += tally.redriven
+        if tally.counts is not None:
+            stage.counts.add(tally.counts)
+
+
+class MemoryBackend:
+    """See ``ports.Backend``. Safe for the tasks of one loop."""
+
+    exact_queue = True  # see ``ports.Backend``
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._order = count()  # breaks ties in heaps, so that events are never compared
+        self._streams: dict[str, list[Event]] = {}
+        self._lanes: dict[str, list[Event]] = {}
+        self._index: dict[Index, dict[str, dict[str, None]]] = {"open": {}, "dead": {}}
+        self._rounds: dict[tuple[str, int], _Round] = {}
+        self._queues: dict[str, _Queue] = {}
+        self._queued: dict[str, int] = {}  # stream -> its entries in all queues, waiting or leased
+        self._leases: list[tuple[float, int, dict[_Delivery, None]]] = []
+        self._spent = 0  # how many of the leases are empty: everything under them has been settled
+        self._news = News()
+        self._turn = 0
+        self._channels: dict[str, MemoryChannel] = {}
+
+    # ----------------------------------------------------------------- log
+
+    async def commit(self, work: Sequence[Commit]) -> Sequence[Committed | VersionConflict]:
+        check(work)
+        sealed_events = [[sealed(e) for a in commit.appends for e in a.events] for commit in work]
+        self._expire()
+        return [self._apply(commit, events) for commit, events in zip(work, sealed_events, strict=True)]
+
+    def _apply(self, commit: Commit, events: list[Event]) -> Committed | VersionConflict:
+        if heads := self._conflicts(commit.appends):
+            return VersionConflict(heads)
+        for event in events:
+            self._append(event)
+        if commit.ack is not None:
+            # Before the publishing: a reminder of the unit whose delivery this is must not find it queued.
+            assert isinstance(commit.ack, _Delivery), "a delivery of another backend"
+            self._ack(commit.ack)
+        for publish in commit.publish:
+            if not (publish.repeat and publish.event.subject in self._queued):
+                self._queued[publish.event.subject] = self._queued.get(publish.event.subject, 0) + 1
+                self._put(publish.event, publish.stage, 0, publish.delay)
+        return self._count(commit.tally) if commit.tally else _DONE
+
+    def _conflicts(self, appends: Sequence[Append]) -> dict[str, int] | None:
+        heads: dict[str, int] | None = None
+        for append in appends:
+            stream = self._streams.get(append.stream)
+            head = len(stream) if stream else 0
+            if head != append.expected:
+                heads = heads or {}
+                heads[append.stream] = head
+        return heads
+
+    def _append(self, event: Event) -> None:
+        name, lane = event.subject, event.source
+        stream = self._streams.get(name)
+        if stream is None:
+            self._streams[name] = [event]
+        else:
+            stream.append(event)
+        history = self._lanes.get(lane)
+        if history is None:
+            history = self._lanes[lane] = []
+            for streams in self._index.values():
+                streams[lane] = {}
+        history.append(event)
+        now = state.index(event)
+        for index, streams in self._index.items():
+            if index == now:
+                streams[lane][name] = None
+            else:
+                streams[lane].pop(name, None)
+
+    def _count(self, tallies: Sequence[Tally]) -> Committed:
+        complete: dict[tuple[str, int], RunTally] | None = None
+        for tally in tallies:
+            key = (tally.run, tally.round)
+            round_ = self._rounds.get(key)
+            if round_ is None:
+                round_ = self._rounds[key] = _Round()
+            round_.add(tally)
+        for tally in tallies:
+            key = (tally.run, tally.round)
+            round_ = self._rounds[key]
+            if round_.unsettled == 0 and round_.tally.closed and round_.tally.complete:
+                complete = complete or {}
+                complete[key] = copy_tally(round_.tally)
+        return _DONE if complete is None else Committed(complete)
+
+    async def last(self, streams: Sequence[str]) -> Mapping[str, Event]:
+        return {name: found[-1] for name in streams if (found := self._streams.get(name))}
+
+    async def read(self, stream: str, *, after: int = 0) -> AsyncIterator[Event]:
+        async for event in _follow(self._streams.get(stream, ()), after):
+            yield event
+
+    async def scan(self, lane: str, *, run: str | None = None) -> AsyncIterator[Event]:
+        async for event in _follow(self._lanes.get(lane, ()), 0):
+            if run is None or event.run == run:
+                yield event
+
+    async def units(self, lane: str, index: Index) -> AsyncIterator[Event]:
+        streams = self._index[index].get(lane, {})
+        for n, name in enumerate(list(streams), 1):
+            if name in streams:  # it may have left meanwhile
+                yield self._streams[name][-1]
+            if n % _CHUNK == 0:
+                await asyncio.sleep(0)
+
+    async def tally(self, run: str, round: int) -> RunTally:
+        found = self._rounds.get((run, round))
+        return copy_tally(found.tally) if found else RunTally()
+
+    # ----------------------------------------------------------------- queue
+
+    async def receive(
+        self, stages: Sequence[str], limit: int, *, lease: float, wait: float = 0
+    ) -> Sequence[Delivery]:
+        # Waiting is the loop's business (it may be a virtual one), what is due is the clock's.
+        loop = asyncio.get_running_loop()
+        end = loop.time() + wait
+        while True:
+            taken = self._take(stages, limit, lease)
+            if taken or wait <= 0 or (left := end - loop.time()) <= 0:
+                return taken
+            await self._news.wait(self._news.count, min(left, self._next(stages)))
+
+    def _take(self, stages: Sequence[str], limit: int, lease: float) -> list[Delivery]:
+        now = self._expire()
+        held: dict[_Delivery, None] = {}
+        streams = self._streams
+        self._turn += 1  # another stage comes first each time, so that none starves the others
+        for n in range(len(stages)):
+            stage = stages[(n + self._turn) % len(stages)]
+            queue = self._queues.get(stage)
+            if queue is None:
+                continue
+            if queue.delayed:
+                queue.promote(now)
+            ready = queue.ready
+            while ready and len(held) < limit:
+                event, attempt = ready.popleft()
+                stream = streams.get(event.subject)
+                held[_Delivery(event, stage, attempt + 1, stream[-1] if stream else None, self, held)] = None
+        if not held:
+            return []
+        self._lease(held, now + lease)
+        return list(held)
+
+    def _put(self, event: Event, stage: str, attempt: int, delay: float) -> None:
+        queue = self._queues.get(stage)
+        if queue is None:
+            queue = self._queues[stage] = _Queue()
+        if delay > 0:
+            heappush(queue.delayed, (self._clock.monotonic() + delay, next(self._order), event, attempt))
+        else:
+            queue.ready.append((event, attempt))
+        self._news()
+
+    def _lease(self, held: dict[_Delivery, None], end: float) -> None:
+        if self._spent > 1000 and self._spent > len(self._leases) // 2:
+            self._leases = [entry for entry in self._leases if entry[2]]
+            heapify(self._leases)
+            self._spent = 0
+        heappush(self._leases, (end, next(self._order), held))
+
+    def _expire(self) -> float:
+        """Every lease that has ended by now is over, and what was under it is ready again."""
+        now = self._clock.monotonic()
+        leases = self._leases
+        while leases and leases[0][0] <= now:
+            _, _, held = heappop(leases)
+            self._spent -= not held
+            for delivery in held:
+                delivery.lease = None
+                self._put(delivery.event, delivery.stage, delivery.attempt, 0)
+            held.clear()  # the struct is unknown to the garbage collector: no cycle may be left
+        return now
+
+    def _release(self, delivery: _Delivery) -> bool:
+        """Take `delivery` from under its lease; False if it is not under one any more."""
+        held = delivery.lease
+        if held is None:
+            return False
+        delivery.lease = None
+        del held[delivery]
+        self._spent += not held
+        return True
+
+    def _ack(self, delivery: _Delivery) -> None:
+        if self._release(delivery):
+            name = delivery.event.subject
+            left = self._queued[name] - 1
+            if left:
+                self._queued[name] = left
+            else:
+                del self._queued[name]
+
+    def _extend(self, delivery: _Delivery, seconds: float) -> bool:
+        if not self._release(delivery):
+            return False
+        delivery.lease = {delivery: None}
+        self._lease(delivery.lease, self._clock.monotonic() + seconds)
+        return True
+
+    def _next(self, stages: Iterable[str]) -> float:
+        """Seconds until something may be due without anybody putting it."""
+        due = [queue.delayed[0][0] for s in stages if (queue := self._queues.get(s)) and queue.delayed]
+        if self._leases:
+            due.append(self._leases[0][0])
+        # At least a millisecond: a difference too small to move the clock would be asked for without end.
+        return max(0.001, min(due, default=inf) - self._clock.monotonic())
+
+    async def purge(self) -> None:
+        for _, _, held in self._leases:
+            for delivery in held:
+                delivery.lease = None
+            held.clear()
+        self._leases.clear()
+        self._spent = 0
+        self._queues.clear()
+        self._queued.clear()
+
+    def channel(self, name: str) -> Channel:
+        if name not in self._channels:
+            self._channels[name] = MemoryChannel(self._clock)
+        return self._channels[name]
+
+
+async def _follow(events: Sequence[Event], position: int) -> AsyncIterator[Event]:
+    """`events` from `position` to the end that is reached; what is appended meanwhile included."""
+    while position < len(events):
+        yield events[position]
+        position += 1
+        if position % _CHUNK == 0:
+            await asyncio.sleep(0)
+
+
+# --------------------------------------------------------------------------- channel
+
+
+class _Group:
+    """How far all that consume under one name have come, and the batches that they hold, per partition."""
+
+    __slots__ = ("held", "positions", "turn")
+
+    def __init__(self) -> None:
+        self.turn = 0  # the partition to look at first: none starves the others
+        self.positions = [0] * PARTITIONS
+        self.held: dict[int, _Batch] = {}
+
+
+class _Batch:
+    """Records handed to the iteration `owner`, and to no other before `until`."""
+
+    __slots__ = ("channel", "group", "owner", "records", "until")
+
+    def __init__(
+        self, channel: MemoryChannel, group: _Group, owner: object, records: list[ChannelRecord], until: float
+    ) -> None:
+        self.channel, self.group, self.owner = channel, group, owner
+        self.records, self.until = records, until
+
+    async def settle(self, count: int | None = None) -> None:
+        where = self.records[0].partition
+        done = self.records[:count]
+        if done:
+            self.group.positions[where] = max(self.group.positions[where], done[-1].position)
+        if self.group.held.get(where) is self:
+            del self.group.held[where]
+            self.channel.news()
+
+
+class MemoryChannel:
+    """See ``ports.Channel``. Positions count from 1 in each partition."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._partitions: list[list[ChannelRecord]] = [[] for _ in range(PARTITIONS)]
+        self._groups: dict[str, _Group] = {}
+        self.news = News()
+
+    async def put(self, records: Sequence[ChannelRecord]) -> None:
+        for record in records:
+            where = partition(record.key)
+            stored = self._partitions[where]
+            stored.append(ChannelRecord(record.key, record.data, where, len(stored) + 1))
+        self.news()
+
+    def consume(self, consumer: str, *, limit: int = 500, wait: float = 0) -> AsyncIterator[ChannelBatch]:
+        group = self._groups.setdefault(consumer, _Group())
+        owner = object()
+
+        async def find() -> ChannelBatch | float | None:
+            return self._next(group, owner, limit)
+
+        def give_up() -> None:
+            for where in [where for where, held in group.held.items() if held.owner is owner]:
+                del group.held[where]
+            self.news()
+
+        return consume(find, give_up, self.news, wait, inf)
+
+    def _next(self, group: _Group, owner: object, limit: int) -> _Batch | float | None:
+        now = self._clock.monotonic()
+        for n in range(PARTITIONS):
+            where = (group.turn + n) % PARTITIONS
+            stored, position, held = self._partitions[where], group.positions[where], group.held.get(where)
+            if position < len(stored) and (held is None or held.until <= now):
+                records = stored[position : position + limit]
+                batch = group.held[where] = _Batch(self, group, owner, records, now + CHANNEL_LEASE)
+                group.turn = where + 1
+                return batch
+        others = [held.until - now for held in group.held.values() if held.owner is not owner]
+        return min(others, default=None)
+
+
+# --------------------------------------------------------------------------- factory
+
+
+@asynccontextmanager
+async def open_backend(uri: str, environment: Environment) -> AsyncIterator[MemoryBackend]:
+    """A new, empty backend; it is gone when its context is left.
+
+    Raises:
+        ConfigError: `uri` is not ``memory://``.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme != "memory" or parts.netloc or parts.path.strip("/"):
+        raise ConfigError(f"{uri}: a memory backend has no name or path, write memory://")
+    yield MemoryBackend(environment.clock)

@@ -1,0 +1,144 @@
+"""The backend as the loop sees it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from hashlib import blake2b
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import msgspec
+
+from flowlane.backends.common import POLL, News, check
+from flowlane.backends.sqlite.channel import SqliteChannel
+from flowlane.backends.sqlite.group import Prepared, Work, prepare
+from flowlane.backends.sqlite.queue import Ack, Extend, Nack, Purge, Receive, entries
+from flowlane.backends.sqlite.reader import Reader
+from flowlane.backends.sqlite.schema import Settings
+from flowlane.backends.sqlite.writer import Writer
+from flowlane.clock import Clock
+from flowlane.errors import ConfigError, VersionConflict
+from flowlane.events import Event
+from flowlane.ports import Channel, Commit, Committed, Delivery, Environment, Index
+from flowlane.state import RunTally
+
+
+class _Delivery(msgspec.Struct, eq=False, gc=False):
+    event: Event
+    stage: str
+    attempt: int
+    head: Event | None
+    lease: tuple[int, int]  # queue id and the number of the receive
+    backend: SqliteBackend
+
+    async def ack(self) -> None:
+        await self.backend.writer.submit(Ack(self.lease))
+
+    async def nack(self, *, delay: float = 0) -> None:
+        await self.backend.writer.submit(Nack(self.lease, delay))
+
+    async def extend(self, seconds: float) -> bool:
+        return bool(await self.backend.writer.submit(Extend(self.lease, seconds)))
+
+
+class SqliteBackend:
+    """See ``ports.Backend``. Safe for the tasks of one loop, and for every process that opens the file."""
+
+    def __init__(self, clock: Clock, writer: Writer, reader: Reader, news: News) -> None:
+        self._clock = clock
+        self.writer = writer
+        self._reader = reader
+        self._news = news
+        self._turn = 0
+
+    async def commit(self, work: Sequence[Commit]) -> Sequence[Committed | VersionConflict]:
+        check(work)
+        prepared: list[Prepared] = []
+        for commit in work:
+            delivery = commit.ack
+            assert delivery is None or isinstance(delivery, _Delivery), "a delivery of another backend"
+            prepared.append(prepare(commit, delivery.lease if delivery else None))
+        answer: Sequence[Committed | VersionConflict] = await self.writer.submit(Work(prepared))
+        return answer
+
+    async def last(self, streams: Sequence[str]) -> Mapping[str, Event]:
+        return await self._reader.last(streams)
+
+    def read(self, stream: str, *, after: int = 0) -> AsyncIterator[Event]:
+        return self._reader.read(stream, after)
+
+    def scan(self, lane: str, *, run: str | None = None) -> AsyncIterator[Event]:
+        return self._reader.scan(lane, run)
+
+    def units(self, lane: str, index: Index) -> AsyncIterator[Event]:
+        return self._reader.units(lane, index)
+
+    async def tally(self, run: str, round: int) -> RunTally:
+        return await self._reader.tally(run, round)
+
+    async def receive(
+        self, stages: Sequence[str], limit: int, *, lease: float, wait: float = 0
+    ) -> Sequence[Delivery]:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + wait
+        while True:
+            seen = self._news.count
+            taken = await self._take(stages, limit, lease)
+            left = end - loop.time()
+            if taken or left <= 0:
+                return taken
+            await self._news.wait(seen, min(left, POLL))
+
+    async def _take(self, stages: Sequence[str], limit: int, lease: float) -> Sequence[Delivery]:
+        if not stages:
+            return []
+        self._turn = (self._turn + 1) % len(stages)  # another stage comes first each time: none starves
+        turned = [*stages[self._turn :], *stages[: self._turn]]
+        number = int.from_bytes(blake2b(self._clock.token().encode(), digest_size=7).digest(), "big")
+        answer = await self.writer.submit(Receive(turned, limit, number, lease, self.writer.post))
+        return [
+            _Delivery(event, stage, attempt, head, (entry, number), self)
+            for stage, _, text in answer
+            for entry, attempt, head, event in entries(text)
+        ]
+
+    def channel(self, name: str) -> Channel:
+        return SqliteChannel(name, self._clock, self.writer, self._news)
+
+    async def purge(self) -> None:
+        await self.writer.submit(Purge())
+
+
+@asynccontextmanager
+async def open_backend(
+    uri: str, environment: Environment, *, synchronous: str = "normal", busy_timeout: str = "30"
+) -> AsyncIterator[SqliteBackend]:
+    """The backend in the file that `uri` names (``sqlite:///relative/path``, ``sqlite:////absolute/path``); the
+    file and its directory are made if they are missing.
+
+    ``synchronous=full`` also survives a power failure with its last commits; ``normal`` may lose those, log and
+    queue together. ``busy_timeout`` is how long (seconds) a write waits for those of other processes.
+
+    Raises:
+        ConfigError: see ``schema.connect``; or an option is wrong.
+    """
+    settings = _settings(uri, synchronous, busy_timeout)
+    news = News()
+    async with Writer(settings, environment.clock, news) as writer, Reader(settings) as reader:
+        yield SqliteBackend(environment.clock, writer, reader, news)
+
+
+def _settings(uri: str, synchronous: str, busy_timeout: str) -> Settings:
+    parts = urlsplit(uri)
+    path = unquote(parts.path[1:])
+    if parts.scheme != "sqlite" or parts.netloc or not path or path == ":memory:" or "\0" in path:
+        raise ConfigError(f"{uri}: write sqlite:///relative/path or sqlite:////absolute/path of a file")
+    if synchronous.lower() not in ("normal", "full"):
+        raise ConfigError(f"{uri}: synchronous={synchronous} is neither normal nor full")
+    try:
+        seconds = float(busy_timeout)
+    except ValueError:
+        raise ConfigError(f"{uri}: busy_timeout={busy_timeout} is not a number of seconds") from None
+    return Settings(Path(path), synchronous.upper(), seconds)

@@ -1,0 +1,296 @@
+"""Commits, many at once: what they write, and how conflicts among them are found.
+
+Every step of a statement gives up the interpreter lock and has to win it back, from a loop that may be busy:
+up to 5 ms for each row of an ``executemany``. So whole groups are written and read by few, wide statements.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from math import ceil
+from types import MappingProxyType
+from typing import Any, Final
+
+import msgspec
+
+from flowlane import state
+from flowlane.backends.common import sealed
+from flowlane.errors import VersionConflict
+from flowlane.events import encode
+from flowlane.ports import Commit, Committed, Tally
+from flowlane.state import Counts, RunTally, StageTally
+
+_DONE: Final = Committed(MappingProxyType({}))
+_SIZES: Final = (128, 16, 4, 1)
+
+_TALLY: Final = (
+    "found, settled, dead, skipped, superseded, redriven, records_in, expanded, records_out, records_skipped, "
+    "quarantined, bytes_in, bytes_out"
+)
+_ADD_TALLY: Final = (
+    f"INSERT INTO tally (run, round, stage, closed, {_TALLY}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?) "
+    "ON CONFLICT DO UPDATE SET closed = max(closed, excluded.closed), "
+    + ", ".join(f"{column} = {column} + excluded.{column}" for column in _TALLY.split(", "))
+)
+
+
+class Prepared(msgspec.Struct, gc=False):
+    """One commit as rows, made on the caller's side, where its mistakes can be told to the caller."""
+
+    heads: list[tuple[str, int, int]]  #: stream, version expected, version afterwards
+    log: list[Any]
+    units: list[tuple[str, str, str | None]]  #: stream, lane, index
+    publish: list[tuple[str, int, str, int, str | None]]
+    repeat: list[tuple[str, int, str, int, str | None]]
+    tally: Sequence[Tally]
+    ack: tuple[int, int] | None  #: queue id and lease
+
+
+class Work:
+    """One call of ``Backend.commit``: a request to the writer."""
+
+    __slots__ = ("commits", "wakes")
+
+    def __init__(self, commits: list[Prepared]) -> None:
+        self.commits = commits
+        self.wakes = any(commit.publish or commit.repeat for commit in commits)
+
+    def abandoned(self, answer: Any) -> None:
+        """Nothing: the commits stand."""
+
+
+class _ConflictError(Exception):
+    """Some commit of the group is in conflict."""
+
+
+def prepare(commit: Commit, ack: tuple[int, int] | None) -> Prepared:
+    """`commit`, already checked, as rows.
+
+    Raises:
+        Permanent: an event is too long.
+    """
+    heads: list[tuple[str, int, int]] = []
+    log: list[Any] = []
+    units: list[tuple[str, str, str | None]] = []
+    own: set[tuple[str, int]] = set()
+    for append in commit.appends:
+        for event in append.events:
+            log += (append.stream, event.version, event.source, event.run, encode(event).decode())
+            own.add((append.stream, event.version))
+        last = append.events[-1]
+        heads.append((append.stream, append.expected, last.version))
+        index = state.index(last)
+        if index or append.expected:
+            units.append((append.stream, last.source, index))
+    prepared = Prepared(heads, log, units, [], [], commit.tally, ack)
+    for publish in commit.publish:
+        event = publish.event
+        text = None if (event.subject, event.version) in own else encode(sealed(event)).decode()
+        row = (publish.stage, ceil(publish.delay * 1000), event.subject, event.version, text)
+        (prepared.repeat if publish.repeat else prepared.publish).append(row)
+    return prepared
+
+
+def apply(
+    connection: sqlite3.Connection, group: Sequence[Prepared], now: int
+) -> list[Committed | VersionConflict]:
+    """Write `group`, in the transaction that has just begun; one answer for each.
+
+    Optimistic: conflicts are rare, so all is written as if there were none. If there is one, the transaction
+    is begun again, the heads are read at once, and the commits that conflict are left out.
+    """
+    accepted: Sequence[Prepared] = group
+    conflicts: dict[int, VersionConflict] = {}
+    try:
+        _check_chains(connection, group)
+        _write(connection, group, now)
+    except (sqlite3.IntegrityError, _ConflictError):
+        connection.execute("ROLLBACK")
+        connection.execute("BEGIN IMMEDIATE")
+        conflicts = _conflicts(connection, group)
+        accepted = [commit for n, commit in enumerate(group) if n not in conflicts]
+        _write(connection, accepted, now)
+    complete = _count(connection, accepted)
+    return [
+        conflicts[n] if n in conflicts else _committed(commit, complete) for n, commit in enumerate(group)
+    ]
+
+
+def _check_chains(connection: sqlite3.Connection, group: Iterable[Prepared]) -> None:
+    """The unique index refuses a version that exists; here: that the version before it does."""
+    ends: dict[str, int] = {}
+    needed: list[Any] = []
+    for commit in group:
+        for stream, expected, end in commit.heads:
+            before = ends.get(stream)
+            if before is None:
+                if expected:
+                    needed += (stream, expected)
+            elif before != expected:
+                raise _ConflictError
+            ends[stream] = end
+    found = 0
+    for sql, values in _wide("SELECT count(*) FROM (VALUES ", "(?,?)", _FIND_VERSIONS, needed, 2):
+        found += connection.execute(sql, values).fetchone()[0]
+    if found != len(needed) // 2:
+        raise _ConflictError
+
+
+_FIND_VERSIONS: Final = ") AS v CROSS JOIN log ON log.stream = v.column1 AND log.version = v.column2"
+
+
+def _conflicts(connection: sqlite3.Connection, group: Sequence[Prepared]) -> dict[int, VersionConflict]:
+    heads: dict[str, int] = {}
+    streams = list({stream: None for commit in group for stream, _, _ in commit.heads})
+    for sql, values in _wide(
+        "SELECT stream, max(version) FROM log WHERE stream IN (", "?", ") GROUP BY stream", streams, 1
+    ):
+        heads.update(connection.execute(sql, values))
+    conflicts: dict[int, VersionConflict] = {}
+    for n, commit in enumerate(group):
+        wrong = {s: heads.get(s, 0) for s, expected, _ in commit.heads if heads.get(s, 0) != expected}
+        if wrong:
+            conflicts[n] = VersionConflict(wrong)
+        else:
+            heads.update((stream, end) for stream, _, end in commit.heads)
+    return conflicts
+
+
+def _write(connection: sqlite3.Connection, group: Iterable[Prepared], now: int) -> None:
+    log: list[Any] = []
+    units: dict[str, tuple[str, str, str | None]] = {}
+    publish: list[Any] = []
+    repeat: list[tuple[Any, ...]] = []
+    acks: list[Any] = []
+    for commit in group:
+        log += commit.log
+        for unit in commit.units:
+            units[unit[0]] = unit
+        for stage, delay, stream, version, event in commit.publish:
+            publish += (stage, now + delay, stream, version, event)
+        for stage, delay, stream, version, event in commit.repeat:
+            repeat.append((stage, now + delay, stream, version, event, stream))
+        if commit.ack is not None:
+            acks += commit.ack
+    run_wide(
+        connection, "INSERT INTO log (stream, version, lane, run, event) VALUES ", "(?,?,?,?,?)", "", log, 5
+    )
+    listed = [value for unit in units.values() if unit[2] for value in unit]
+    run_wide(connection, "INSERT INTO units (stream, lane, state) VALUES ", "(?,?,?)", _LIST_UNIT, listed, 3)
+    unlisted = [unit[0] for unit in units.values() if not unit[2]]
+    run_wide(connection, "DELETE FROM units WHERE stream IN (", "?", ")", unlisted, 1)
+    # Before the publishing: a reminder of a unit whose delivery is acked here must not find it queued.
+    settle(connection, acks, now)
+    run_wide(
+        connection,
+        "INSERT INTO queue (stage, due, stream, version, event) VALUES ",
+        "(?,?,?,?,?)",
+        "",
+        publish,
+        5,
+    )
+    if repeat:
+        connection.executemany(
+            "INSERT INTO queue (stage, due, stream, version, event) SELECT ?,?,?,?,? "
+            "WHERE NOT EXISTS (SELECT 1 FROM queue WHERE stream = ?)",
+            repeat,
+        )
+
+
+_LIST_UNIT: Final = " ON CONFLICT DO UPDATE SET state = excluded.state WHERE state <> excluded.state"
+
+
+def settle(connection: sqlite3.Connection, leases: list[Any], now: int) -> None:
+    """The queue entries given by id and lease are gone; those whose lease has ended stay."""
+    for sql, values in _wide(
+        "DELETE FROM queue WHERE id IN (SELECT id FROM (VALUES ", "(?,?)", _HELD, leases, 2
+    ):
+        connection.execute(sql, [*values, now])
+
+
+_HELD: Final = ") AS v CROSS JOIN queue AS q ON q.id = v.column1 WHERE q.lease = v.column2 AND q.due > ?)"
+
+
+def _count(connection: sqlite3.Connection, group: Iterable[Prepared]) -> dict[tuple[str, int], RunTally]:
+    """Add the tallies of `group`; the rounds among them that are complete now."""
+    sums: dict[tuple[str, int, str], list[int]] = {}
+    for commit in group:
+        for tally in commit.tally:
+            key = (tally.run, tally.round, tally.stage)
+            row = sums.get(key)
+            if row is None:
+                row = sums[key] = [0] * 14
+            row[0] |= tally.closed
+            row[1] += tally.found
+            row[2] += tally.settled
+            if tally.dead or tally.skipped or tally.superseded or tally.redriven:
+                row[3] += tally.dead
+                row[4] += tally.skipped
+                row[5] += tally.superseded
+                row[6] += tally.redriven
+            if (counts := tally.counts) is not None:
+                row[7] += counts.records_in
+                row[8] += counts.expanded
+                row[9] += counts.records_out
+                row[10] += counts.skipped
+                row[11] += counts.quarantined
+                row[12] += counts.bytes_in
+                row[13] += counts.bytes_out
+    complete: dict[tuple[str, int], RunTally] = {}
+    if sums:
+        connection.executemany(_ADD_TALLY, [(*key, *row) for key, row in sums.items()])
+        for run, round_ in {key[:2]: None for key in sums}:
+            (done,) = connection.execute(
+                "SELECT max(closed) AND NOT sum(found <> settled) FROM tally WHERE run = ? AND round = ?",
+                (run, round_),
+            ).fetchone()
+            if done:
+                complete[run, round_] = read_tally(connection, run, round_)
+    return complete
+
+
+def _committed(commit: Prepared, complete: dict[tuple[str, int], RunTally]) -> Committed:
+    if not complete or not commit.tally:
+        return _DONE
+    keys = {(tally.run, tally.round) for tally in commit.tally}
+    return Committed({key: complete[key] for key in keys if key in complete})
+
+
+def read_tally(connection: sqlite3.Connection, run: str, round: int) -> RunTally:
+    """The counters of one (run, round), all as of one moment."""
+    found = RunTally()
+    rows = connection.execute(
+        f"SELECT stage, closed, {_TALLY} FROM tally WHERE run = ? AND round = ?", (run, round)
+    )
+    for stage, closed, *numbers in rows.fetchall():
+        found.closed = found.closed or bool(closed)
+        found.stages[stage] = StageTally(*numbers[:6], counts=Counts(*numbers[6:]))
+    return found
+
+
+# --------------------------------------------------------------------------- wide statements
+
+
+def run_wide(
+    connection: sqlite3.Connection, start: str, row: str, end: str, values: list[Any], width: int
+) -> None:
+    """Execute the statement `start` ROWS `end` on `values`, `width` of them to a row like `row`."""
+    for sql, part in _wide(start, row, end, values, width):
+        connection.execute(sql, part)
+
+
+def _wide(start: str, row: str, end: str, values: list[Any], width: int) -> Iterable[tuple[str, list[Any]]]:
+    """`values`, `width` to a row, as few statements of a few sizes (so that they stay prepared)."""
+    at = 0
+    for size in _SIZES:
+        step = size * width
+        while len(values) - at >= step:
+            yield _sql(start, row, end, size), values[at : at + step]
+            at += step
+
+
+@lru_cache(256)
+def _sql(start: str, row: str, end: str, size: int) -> str:
+    return start + ",".join([row] * size) + end

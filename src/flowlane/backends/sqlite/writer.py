@@ -1,0 +1,205 @@
+"""The one thread that writes: whatever waits when it is free goes into one transaction (group commit)."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import threading
+from collections.abc import Callable, Sequence
+from queue import Empty, SimpleQueue
+from typing import Any, Final, Protocol
+
+from flowlane.backends.sqlite.group import Work, apply
+from flowlane.backends.sqlite.schema import Settings, connect, failure
+from flowlane.clock import Clock
+from flowlane.errors import Retryable
+
+# A transaction takes up at most this many requests, so that its pages stay in the cache.
+_GROUP: Final = 1000
+
+
+#: What ``Request.peek`` says when it must be run.
+WRITE: Final = object()
+
+
+class Request(Protocol):
+    """Something that wants to be done in the writer's thread; ``Work``, the commits, are done before it."""
+
+    @property
+    def wakes(self) -> bool:
+        """Whether receivers and consumers that wait should look again."""
+        ...
+
+    def peek(self, connection: sqlite3.Connection, now: int) -> Any:
+        """The answer if it takes no writing, else ``WRITE``. Asked first where all that wait may be told so:
+        who waits in vain does not take the lock from other processes."""
+        ...
+
+    def run(self, connection: sqlite3.Connection, now: int) -> Any:
+        """The answer, given when the transaction has been committed."""
+        ...
+
+    def abandoned(self, answer: Any) -> None:
+        """Called on the loop when the answer came after the caller had been cancelled."""
+        ...
+
+
+class _Pending:
+    __slots__ = ("answer", "error", "future", "request")
+
+    def __init__(self, request: Request | Work, future: asyncio.Future[Any]) -> None:
+        self.request, self.future = request, future
+        self.answer: Any = None
+        self.error: Exception | None = None
+
+
+class Writer:
+    """Requests in, answers out. `news` is called on the loop after each transaction that woke somebody.
+
+    A caller that is cancelled leaves its request behind, which is done all the same. What was submitted
+    before the context is left is done before it is.
+    """
+
+    def __init__(self, settings: Settings, clock: Clock, news: Callable[[], None]) -> None:
+        self._settings, self._clock, self._news = settings, clock, news
+        self._requests: SimpleQueue[_Pending | None] = SimpleQueue()
+        self._closed = False
+
+    async def __aenter__(self) -> Writer:
+        self._loop = asyncio.get_running_loop()
+        self._opened: asyncio.Future[None] = self._loop.create_future()
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+        # A daemon: a loop that was abandoned must not keep the process from ending; the file survives it.
+        threading.Thread(target=self._work, name="flowlane-sqlite", daemon=True).start()
+        try:
+            await asyncio.shield(self._opened)
+        except BaseException:
+            self._requests.put(None)
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._closed = True
+        self._requests.put(None)
+        await asyncio.shield(self._ended)
+
+    async def submit(self, request: Request | Work) -> Any:
+        """The answer to `request`.
+
+        Raises:
+            Retryable: the file could not be written, or the backend is closed.
+            ConfigError: the file is damaged.
+        """
+        return await self.post(request)
+
+    def post(self, request: Request | Work) -> asyncio.Future[Any]:
+        """As ``submit``, for those who may not want to wait; the order of posting is kept among requests
+        other than commits."""
+        future = self._loop.create_future()
+        if self._closed:
+            future.set_exception(Retryable(f"{self._settings.path}: the backend is closed"))
+        else:
+            self._requests.put(_Pending(request, future))
+        return future
+
+    # ----------------------------------------------------------------- in the thread
+
+    def _work(self) -> None:
+        try:
+            connection = connect(self._settings)
+        except Exception as error:  # noqa: BLE001 - whatever it is, who opens the backend is told
+            self._call(self._fail_opening, error)
+            return
+        try:
+            self._call(self._opened.set_result, None)
+            last = False
+            while not last:
+                group, last = self._drain()
+                if group:
+                    self._attend(connection, group)
+                    self._call(self._answer, group)
+        except RuntimeError:
+            pass  # the loop is gone, and with it everybody who could be told
+        finally:
+            connection.close()
+        self._call(self._ended.set_result, None)
+
+    def _call(self, function: Callable[..., object], *arguments: object) -> None:
+        self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _drain(self) -> tuple[list[_Pending], bool]:
+        group: list[_Pending] = []
+        pending = self._requests.get()
+        try:
+            while pending is not None:
+                group.append(pending)
+                if len(group) == _GROUP:
+                    return group, False
+                pending = self._requests.get_nowait()
+        except Empty:
+            return group, False
+        return group, True
+
+    def _attend(self, connection: sqlite3.Connection, group: Sequence[_Pending]) -> None:
+        """Answer or error in each of `group`; what it wanted is committed, or nothing of it is."""
+        try:
+            self._transact(connection, group)
+        except Exception as error:  # noqa: BLE001 - the thread must live, and the caller be told
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            if len(group) > 1 and type(error) not in (sqlite3.OperationalError, sqlite3.DatabaseError):
+                # A value that SQLite cannot hold is the fault of one, and shall be the failure of one.
+                for pending in group:
+                    self._attend(connection, [pending])
+                return
+            for pending in group:
+                pending.error = failure(error, self._settings.path)
+
+    def _transact(self, connection: sqlite3.Connection, group: Sequence[_Pending]) -> None:
+        now = milliseconds(self._clock)
+        works: list[tuple[_Pending, Work]] = []
+        others: list[tuple[_Pending, Request]] = []
+        for pending in group:
+            if isinstance(pending.request, Work):
+                works.append((pending, pending.request))
+            else:
+                others.append((pending, pending.request))
+        if not works:
+            peeked = [request.peek(connection, now) for _, request in others]
+            if WRITE not in peeked:
+                for (pending, _), answer in zip(others, peeked, strict=True):
+                    pending.answer = answer
+                return
+        connection.execute("BEGIN IMMEDIATE")
+        if works:
+            answers = iter(apply(connection, [commit for _, work in works for commit in work.commits], now))
+            for pending, work in works:
+                pending.answer = [next(answers) for _ in work.commits]
+        for pending, request in others:
+            pending.answer = request.run(connection, now)
+        connection.execute("COMMIT")
+
+    # ----------------------------------------------------------------- on the loop
+
+    def _fail_opening(self, error: Exception) -> None:
+        self._opened.set_exception(error)
+        self._ended.set_result(None)
+
+    def _answer(self, group: Sequence[_Pending]) -> None:
+        wakes = False
+        for pending in group:
+            if pending.future.done():  # cancelled
+                if pending.error is None:
+                    pending.request.abandoned(pending.answer)
+            elif pending.error is not None:
+                pending.future.set_exception(pending.error)
+            else:
+                pending.future.set_result(pending.answer)
+            wakes = wakes or pending.request.wakes
+        if wakes:
+            self._news()
+
+
+def milliseconds(clock: Clock) -> int:
+    """The wall clock as the file has it: see ``schema``."""
+    return int(clock.now().timestamp() * 1000)

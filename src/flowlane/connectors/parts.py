@@ -1,0 +1,238 @@
+"""Part files: how an object of the file store grows out of sight, and appears at once. Synchronous, for a
+thread.
+
+A part lies next to its target, is hidden, and belongs to one owner, who holds a lock on it for as long as he
+has it open. Whoever takes it over renames it if the lock is free (its owner is dead), and copies it if not:
+a paused owner may wake up with the file still open, and what he writes then must not end up in the object.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from flowlane.errors import Fenced, Permanent
+
+_COPY: Final = 8 << 20
+_COMPARE: Final = 1 << 20
+_NAME: Final = re.compile(r"\.(.+)\.[0-9a-f]{24}\.part", re.DOTALL)
+_NO_LINKS: Final = frozenset({"EPERM", "EOPNOTSUPP", "ENOTSUP", "ENOSYS"})
+
+
+def part_name(target: Path, owner: str) -> str:
+    """The name of `owner`'s part of `target`: within the 255 bytes of a name, whatever the target is called."""
+    stem = os.fsencode(target.name)[:200].decode("utf-8", "ignore") or "_"
+    digest = hashlib.sha256(os.fsencode(target) + b"\0" + owner.encode()).hexdigest()[:24]
+    return f".{stem}.{digest}.part"
+
+
+def is_part(name: str) -> bool:
+    """Whether `name` is that of a part file."""
+    return _NAME.fullmatch(name) is not None
+
+
+def is_part_of(name: str, target: Path) -> bool:
+    """Whether `name` can be that of somebody's part of `target`; as it may come from anywhere, nothing else
+    may be opened by it."""
+    mine, theirs = _NAME.fullmatch(part_name(target, "")), _NAME.fullmatch(name)
+    return bool(mine and theirs and "/" not in name and mine[1] == theirs[1])
+
+
+class Part:
+    """An open part file. Every method may raise ``OSError``, or ``Fenced`` once it was taken over."""
+
+    def __init__(self, path: Path, target: Path, descriptor: int) -> None:
+        self.path = path
+        self.target = target
+        self._file = descriptor
+        self._inode = os.fstat(descriptor).st_ino
+        self.size = os.fstat(descriptor).st_size
+
+    @classmethod
+    def create(cls, target: Path, owner: str) -> Part:
+        """An empty part; directories are made as needed. A part of that owner that lies there is dropped."""
+        make_directory(target.parent)
+        path = target.parent / part_name(target, owner)
+        path.unlink(missing_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_APPEND, 0o666)
+        try:
+            if not _lock(descriptor):
+                raise Fenced(f"{path.name} was taken over as it was made")
+            return cls(path, target, descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    @classmethod
+    def take_over(cls, target: Path, owner: str, name: str) -> Part | None:
+        """What the part called `name` holds, as `owner`'s own; ``None`` if it is gone."""
+        old = target.parent / name
+        try:
+            descriptor = os.open(old, os.O_RDWR | os.O_CLOEXEC | os.O_APPEND | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return None
+        moved = False
+        try:
+            path = target.parent / part_name(target, owner)
+            # A part with a second name is an object already: its owner died between link and unlink.
+            if _lock(descriptor) and os.fstat(descriptor).st_nlink == 1 and _same(descriptor, old):
+                old.replace(path)
+                moved = True
+                return cls(path, target, descriptor)
+            part = cls._copy(target, owner, descriptor)
+            if old != part.path:
+                old.unlink(missing_ok=True)
+            return part
+        finally:
+            if not moved:
+                os.close(descriptor)
+
+    @classmethod
+    def _copy(cls, target: Path, owner: str, descriptor: int) -> Part:
+        """A new part with the bytes that are in the old one now; it only ever grows, so they are final."""
+        part = cls.create(target, owner)
+        size = os.fstat(descriptor).st_size
+        while part.size < size:
+            block = os.pread(descriptor, min(_COPY, size - part.size), part.size)
+            if not block:
+                break
+            part.write([block])
+        return part
+
+    def write(self, blocks: Sequence[bytes]) -> None:
+        """`blocks` follow what is there."""
+        self._check()
+        for block in blocks:
+            view = memoryview(block)
+            while view:
+                count = os.write(self._file, view)
+                self.size += count
+                view = view[count:]
+
+    def sync(self) -> int:
+        """Everything written is on the disk; returns its size."""
+        os.fsync(self._file)
+        self._check()
+        return self.size
+
+    def publish(self, *, overwrite: bool) -> None:
+        """The part becomes the object, unless there is one already (see ``Upload.commit``)."""
+        self.sync()
+        if overwrite:
+            self._claim(lambda: self.path.replace(self.target))
+        else:
+            try:
+                self._claim(self._link)
+            except FileExistsError:
+                self._compare()
+            self.path.unlink(missing_ok=True)
+        sync_directory(self.target.parent)
+
+    def _claim(self, act: Callable[[], object]) -> None:
+        self._check()
+        try:
+            act()
+        except FileNotFoundError:
+            raise self._fenced() from None
+
+    def _link(self) -> None:
+        try:
+            os.link(self.path, self.target)
+        except OSError as error:
+            if errno.errorcode.get(error.errno or 0) not in _NO_LINKS:
+                raise
+            # No hard links here (FAT, some network mounts): two writers that get through this check at the
+            # same moment both succeed, and the object is the one's or the other's, whole.
+            if self.target.exists():
+                raise FileExistsError(self.target) from None
+            self.path.rename(self.target)
+
+    def _compare(self) -> None:
+        """Return if the object holds what the part does: an earlier attempt got through."""
+        with self.target.open("rb") as other:
+            same = os.fstat(other.fileno()).st_size == self.size
+            position = 0
+            while same and position < self.size:
+                block = os.pread(self._file, _COMPARE, position)
+                same = bool(block) and other.read(len(block)) == block
+                position += len(block)
+        if not same:
+            raise Fenced(f"{self.target} exists already with another content; nothing was changed")
+
+    def abort(self) -> None:
+        """The part is gone, if it is still this owner's."""
+        if _same(self._file, self.path):
+            self.path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let go of the file, and so of its lock. Closing twice is fine."""
+        descriptor, self._file = self._file, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def _check(self) -> None:
+        if not _same(self._file, self.path):
+            raise self._fenced()
+
+    def _fenced(self) -> Fenced:
+        return Fenced(f"the unfinished upload of {self.target} was taken over or discarded by another attempt")
+
+
+def discard(path: Path) -> bool:
+    """Remove the part at `path` unless its owner is alive; whether it was removed."""
+    if not is_part(path.name):
+        raise Permanent(f"{path} is not a part file")
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        free = _lock(descriptor) and _same(descriptor, path)
+        if free:
+            path.unlink(missing_ok=True)
+        return free
+    finally:
+        os.close(descriptor)
+
+
+def make_directory(path: Path) -> None:
+    """`path` and what is above it exist, also after a power loss."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    path.mkdir(exist_ok=True)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """The names in `path` are on the disk, where the file system can tell."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return False  # no locks on this file system: nobody is known to be dead, so parts are copied
+    return True
+
+
+def _same(descriptor: int, path: Path) -> bool:
+    """Whether `path` is (still) the name of the open file."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat(follow_symlinks=False))
+    except FileNotFoundError:
+        return False

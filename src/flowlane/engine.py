@@ -1,0 +1,538 @@
+"""The engine: all delivery semantics, the same under a worker and under Lambda.
+
+A delivery is a hint that a unit may be owed work; the log decides. What an attempt decides goes into one
+commit with the versions it saw; a conflict means that somebody else decided first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from flowlane import events
+from flowlane.attempt import Attempt
+from flowlane.clock import Clock, rfc3339
+from flowlane.committer import Committer
+from flowlane.deadline import Deadline, Interrupted
+from flowlane.errors import ConfigError, Fenced, Permanent, Retryable, Superseded, VersionConflict
+from flowlane.events import Event
+from flowlane.lane import Completed, Lane, Stage, Trigger, Unit, stream_of
+from flowlane.ports import Append, Backend, Bad, Commit, Committed, Connections, Delivery, Publish, Split
+from flowlane.report import Report, build_report
+from flowlane.state import Position, Progress, RunTally, progress, status
+from flowlane.transfer import quarantine_url
+
+if TYPE_CHECKING:
+    from flowlane.pump import Slot
+
+Outcome = Literal["settled", "dead", "retried", "continued", "conflict", "released", "failed"]
+
+#: Event types that only a running attempt appends: a young one means that somebody is at work.
+_AT_WORK = frozenset(
+    {
+        events.ATTEMPT_STARTED,
+        events.UPLOAD_OPENED,
+        events.BATCH_WRITTEN,
+        events.STEP_DONE,
+        events.DISCOVERY_PROGRESS,
+    }
+)
+_COMMIT_TRIES = 4
+
+
+class Handling:
+    """A stage with what the engine looks up for each of its deliveries."""
+
+    __slots__ = ("cut", "decoder", "generator", "stage")
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.cut = str(stage.policy.cut)
+        self.decoder = msgspec.json.Decoder(stage.unit)
+        self.generator = inspect.isasyncgenfunction(stage.handler)
+        if not self.generator and not inspect.iscoroutinefunction(stage.handler):
+            raise ConfigError(
+                f"stage {stage.name} of lane {stage.lane} is not async: write `async def {stage.handler.__name__}`"
+            )
+
+
+class Engine:
+    """Handles deliveries of its lanes against one backend.
+
+    ``handle`` never raises for what a stage does: a unit ends settled, dead, or owed to a later delivery.
+    """
+
+    def __init__(
+        self,
+        lanes: Sequence[Lane],
+        backend: Backend,
+        connections: Connections,
+        clock: Clock,
+        *,
+        quarantine: str = "",
+    ) -> None:
+        self.lanes = {lane.name: lane for lane in lanes}
+        self.backend = backend
+        self.connections = connections
+        self.clock = clock
+        self.committer = Committer(self)
+        self._quarantine = quarantine
+        self._queues: dict[str, Handling] = {}
+        self._types: dict[tuple[str, str], Handling] = {}
+        for lane in lanes:
+            lane.check()
+            for stage in lane.stages:
+                handling = Handling(stage)
+                self._queues[stage.queue] = self._types[lane.name, stage.on] = handling
+        self._prefix = clock.token()
+        self._count = 0
+        self._stamp = ("", -1.0)
+        #: Set and replaced whenever a run completes here: wakes who waits for one.
+        self.moved = asyncio.Event()
+
+    # ------------------------------------------------------------------ names and events
+
+    @property
+    def queues(self) -> Mapping[str, Handling]:
+        """Every stage's queue, with its handling."""
+        return self._queues
+
+    def handling(self, lane: str, kind: str) -> Handling | None:
+        """The stage of `lane` that handles events of type `kind`."""
+        return self._types.get((lane, kind))
+
+    def handling_of(self, head: Event) -> Handling | None:
+        """The stage that the open unit whose head is `head` is owed to."""
+        return self._queues.get(f"{head.source}/{head.stage}")
+
+    def next_id(self) -> str:
+        """An event id that nobody else makes."""
+        self._count += 1
+        return f"{self._prefix}{self._count:x}"
+
+    def stamp(self) -> str:
+        """The wall time as it stands in events, to the millisecond."""
+        text, until = self._stamp
+        now = self.clock.monotonic()
+        if now >= until:
+            text = rfc3339(self.clock.now())
+            self._stamp = (text, now + 0.001)
+        return text
+
+    def event(
+        self, kind: str, origin: Event, *, version: int, data: msgspec.Raw, cause: str, stage: str
+    ) -> Event:
+        """An event of the stream, run and round of `origin`."""
+        return Event(
+            self.next_id(),
+            origin.source,
+            kind,
+            origin.subject,
+            self.stamp(),
+            data,
+            version,
+            origin.run,
+            origin.round,
+            cause,
+            stage,
+            "",
+            1,
+            origin.traceparent,
+        )
+
+    def payload(self, event: Event, unit: type[Any]) -> Any:
+        """The typed payload of a unit's first event (or of a fact), lifted to this release's schema.
+
+        Raises:
+            Permanent: it cannot be read as `unit`.
+        """
+        what = f"{event.type} {event.subject}"
+        raw = events.upcast(event.data, event.schema, unit.unit_schema, unit.unit_upcasters, what)
+        try:
+            return msgspec.json.decode(raw, type=unit)
+        except msgspec.DecodeError as error:
+            raise Permanent(
+                f"the payload of {what} does not fit {unit.__name__} ({error}): add schema= and upcasters to the class"
+            ) from None
+
+    # ------------------------------------------------------------------ triggering
+
+    async def trigger(self, lane: str, slot: str, *, by: str = "run", event: Any = None) -> tuple[str, bool]:
+        """Open the run of `lane` named by `slot`: its stream, and whether this call opened it."""
+        handling = self._types[lane, events.LANE_TRIGGERED]
+        trigger = Trigger(slot=slot, by=by, at=self.stamp(), event=event)
+        run = stream_of(lane, trigger)
+        first = Event(
+            self.next_id(),
+            lane,
+            events.LANE_TRIGGERED,
+            run,
+            self.stamp(),
+            msgspec.Raw(events.encode_data(trigger)),
+            1,
+            run,
+            0,
+            str(getattr(event, "id", "") or ""),
+            handling.stage.name,
+            handling.cut,
+            1,
+            str(getattr(event, "traceparent", "") or ""),
+        )
+        result = await self.commit(
+            Commit(appends=(Append(run, 0, (first,)),), publish=(Publish(first, handling.stage.queue),))
+        )
+        return run, not isinstance(result, VersionConflict)
+
+    # ------------------------------------------------------------------ committing
+
+    async def commit(self, commit: Commit) -> Committed | VersionConflict:
+        """Commit, and find out what became of it where the answer was lost.
+
+        Raises:
+            Retryable: it is still unknown, or certain not to have been applied.
+        """
+        own = commit.appends[0].events[0] if commit.appends else None
+        for tried in range(_COMMIT_TRIES):
+            try:
+                return await self.committer.commit(commit)
+            except Permanent:
+                raise
+            except Exception as error:  # noqa: BLE001  # whatever the backend raised, the log knows the truth
+                known = await self._look_up(own)
+                if known is not None:
+                    return known
+                if tried == _COMMIT_TRIES - 1:
+                    raise Retryable(f"the log did not take a commit: {describe(error)}") from error
+                await self.clock.sleep(0.05 * 2**tried * self.clock.random())
+        raise AssertionError("unreachable")
+
+    async def _look_up(self, own: Event | None) -> Committed | VersionConflict | None:
+        if own is None:
+            return None
+        try:
+            async for found in self.backend.read(own.subject, after=own.version - 1):
+                if found.id == own.id:
+                    return Committed()
+                last = await self.backend.last([own.subject])
+                return VersionConflict({own.subject: last[own.subject].version})
+        except Exception:  # noqa: BLE001  # the log is away: the caller tries again
+            return None
+        return None
+
+    # ------------------------------------------------------------------ handling one delivery
+
+    async def process(self, delivery: Delivery, deadline: Deadline, slot: Slot) -> Attempt | Outcome:
+        """Handle one delivery up to, and not including, its last commit.
+
+        Returns the attempt, whose last commit has been handed to the committer, or the outcome where there
+        was none to make. Cancellation passes through.
+        """
+        handling = self._queues.get(delivery.stage)
+        head = delivery.head
+        if handling is None or head is None:
+            return "failed"
+        event = delivery.event
+        if status(head) != "open":
+            await self.repeat_obligations(head)
+            await delivery.ack()
+            return "settled"
+        attempt = slot.attempt = Attempt(self, handling, delivery, head, deadline)
+        try:
+            if delivery.attempt > 1 or head.version != event.version:
+                wait = self._somebody_at_work(head, handling.stage)
+                if wait > 0:
+                    await delivery.nack(delay=wait)
+                    return "released"
+                commit = await self._take_over(attempt)
+                if commit is not None:
+                    self.committer.submit(commit, attempt)
+                    return attempt
+            first = head if head.version == 1 else await self._first(head.subject)
+            attempt.event = self._typed(handling, first)
+            return await self._run_handler(attempt)
+        except Exception as error:  # noqa: BLE001  # a stage may raise anything; classified there
+            return await self.fail(attempt, error)
+
+    def _somebody_at_work(self, head: Event, stage: Stage) -> float:
+        """How long to leave the unit alone, seconds. A courtesy, not a lock: versions decide who may commit,
+        so a wrong clock costs a repetition at worst."""
+        if head.type not in _AT_WORK:
+            return 0.0
+        lease = float(stage.policy.lease)
+        age = self.clock.now().timestamp() - _seconds(head.time)
+        return lease - age + 0.01 if 0 <= age < lease else 0.0
+
+    async def _take_over(self, attempt: Attempt) -> Commit | None:
+        """Count the attempt before it begins, since the last one may have killed its process."""
+        allowed = attempt.stage.policy.retries + 1
+        if attempt.progress.attempt >= allowed:
+            reason = attempt.progress.reason or "the process died, ran out of memory or lost its lease each time"
+            return attempt.conclude("unit.dead", f"{allowed} attempts did not finish: {reason}")
+        await attempt.start()
+        return None
+
+    async def _first(self, stream: str) -> Event:
+        async for event in self.backend.read(stream):
+            return event
+        raise Permanent(f"the stream {stream} has lost its first event")
+
+    def _typed(self, handling: Handling, first: Event) -> Event:
+        unit = handling.stage.unit
+        if first.schema == unit.unit_schema:
+            try:
+                data = handling.decoder.decode(first.data)
+            except msgspec.DecodeError:
+                data = self.payload(first, unit)
+        else:
+            data = self.payload(first, unit)
+        return Event(
+            first.id,
+            first.source,
+            first.type,
+            first.subject,
+            first.time,
+            data,
+            first.version,
+            first.run,
+            first.round,
+            first.cause,
+            first.stage,
+            first.cut,
+            first.schema,
+            first.traceparent,
+        )
+
+    async def _run_handler(self, attempt: Attempt) -> Attempt:
+        handling = attempt.handling
+        if handling.generator:
+            found = handling.stage.handler(attempt.event, attempt)
+            try:
+                async for item in found:
+                    await attempt.found(item)
+                    if attempt.near_deadline():
+                        await attempt.flush()
+                        raise Interrupted(f"{attempt.progress.children:,} units registered so far")
+            finally:
+                await found.aclose()
+        else:
+            result = await handling.stage.handler(attempt.event, attempt)
+            if result is not None:
+                raise Permanent(
+                    f"stage {handling.stage.name} returned {result!r:.60}: return nothing; yield the units you find"
+                )
+        attempt.outcome = "settled"
+        self.committer.submit(attempt.conclude(attempt.kind), attempt)
+        return attempt
+
+    # ------------------------------------------------------------------ when it goes wrong
+
+    async def fail(self, attempt: Attempt, error: BaseException) -> Attempt | Outcome:
+        """What becomes of a unit whose attempt ended with `error`; hands the commit to the committer."""
+        now = attempt.progress
+        policy = attempt.stage.policy
+        if isinstance(error, Fenced) and await self._overtaken(attempt):
+            return await self.conflict(attempt.delivery)
+        commit: Commit
+        if isinstance(error, Interrupted):
+            now.hops += 1
+            if now.hops > policy.hops:
+                commit = self._dead(attempt, f"no progress in {policy.hops} continuations in a row: {error}")
+            else:
+                now.attempt = max(0, now.attempt - 1) if attempt.started else now.attempt
+                attempt.outcome = "continued"
+                commit = attempt.postpone(events.ATTEMPT_CONTINUED, 0.0)
+        elif isinstance(error, Superseded):
+            attempt.outcome = "settled"
+            commit = attempt.conclude("unit.superseded", describe(error))
+        elif isinstance(error, Permanent | ConfigError | Fenced):
+            commit = self._dead(attempt, describe(error))
+        else:
+            if not attempt.started or now.attempt == 0:
+                now.attempt += 1
+            if now.attempt > policy.retries:
+                commit = self._dead(attempt, describe(error))
+            else:
+                delay = policy.delay(now.attempt, self.clock.random())
+                if isinstance(error, Retryable) and error.delay is not None:
+                    delay = max(delay, min(error.delay, float(policy.backoff_cap)))
+                attempt.outcome = "retried"
+                commit = attempt.postpone(events.ATTEMPT_FAILED, delay, describe(error))
+        self.committer.submit(commit, attempt)
+        return attempt
+
+    def _dead(self, attempt: Attempt, reason: str) -> Commit:
+        attempt.outcome = "dead"
+        attempt.discard_found()
+        return attempt.conclude("unit.dead", reason)
+
+    async def _overtaken(self, attempt: Attempt) -> bool:
+        """Whether the log says that another attempt has the unit; a refusal without that is permanent."""
+        if attempt.lost:
+            return True
+        head = (await self.backend.last([attempt.unit])).get(attempt.unit)
+        return head is None or head.version != attempt.version or attempt.has_facts
+
+    async def conflict(self, delivery: Delivery) -> Outcome:
+        """Somebody else decided first: if the unit has ended, see that what it owes is done; otherwise leave
+        the delivery to come again, since whoever decided may die before the end."""
+        stream = delivery.event.subject
+        head = (await self.backend.last([stream])).get(stream)
+        if head is not None and status(head) != "open":
+            await self.repeat_obligations(head)
+            await delivery.ack()
+            return "settled"
+        stage = self._queues[delivery.stage].stage
+        await delivery.nack(delay=stage.policy.delay(1, self.clock.random()))
+        return "conflict"
+
+    async def resolve(self, commit: Commit, attempt: Attempt, result: Committed | VersionConflict | BaseException) -> None:
+        """See a last commit through that did not simply succeed, and do what a success owes."""
+        try:
+            while isinstance(result, VersionConflict):
+                commit = attempt.conclude_again(result)
+                result = await self.commit(commit)
+            if isinstance(result, BaseException):
+                result = await self._again(commit, attempt, result)
+            await self.check_fan_in(commit, result)
+        except VersionConflict:
+            attempt.outcome = await self.conflict(attempt.delivery)
+        except Exception:  # noqa: BLE001  # the log is away; the lease will run out and the unit come again
+            attempt.outcome = "released"
+
+    async def _again(self, commit: Commit, attempt: Attempt, error: BaseException) -> Committed:
+        known = await self._look_up(attempt.final)
+        result = known if known is not None else await self.commit(commit)
+        while isinstance(result, VersionConflict):
+            commit = attempt.conclude_again(result)
+            result = await self.commit(commit)
+        if known is not None:
+            await attempt.delivery.ack()
+        return result
+
+    # ------------------------------------------------------------------ obligations and fan-in
+
+    async def repeat_obligations(self, head: Event) -> None:
+        """Do again what the end of a unit owed: the check whether its run is complete."""
+        if head.run:
+            await self.complete(head.run, head.round)
+
+    async def check_fan_in(self, commit: Commit, result: Committed) -> None:
+        """Complete the rounds that `commit` may have been the last of."""
+        for tally in commit.tally:
+            if not (tally.settled or tally.closed):
+                continue
+            known = result.tally
+            if known is None or (tally.run, tally.round) in known:
+                await self.complete(tally.run, tally.round)
+
+    async def complete(self, run: str, round: int) -> bool:
+        """Append ``run.completed`` for `round` if all of it has ended and nobody has done so yet."""
+        if not (await self.backend.tally(run, round)).complete:
+            return False
+        while True:
+            head = (await self.backend.last([run])).get(run)
+            if head is None or status(head) == "open":
+                return False
+            now = progress(head)
+            if round in now.completed:
+                return True
+            commit = await self._completion(head, now, round)
+            if not isinstance(await self.commit(commit), VersionConflict):
+                self.moved.set()
+                self.moved = asyncio.Event()
+                return True
+
+    async def _completion(self, head: Event, now: Progress, round: int) -> Commit:
+        lane = self.lanes[head.source]
+        report = await self.report(head)
+        now.completed = sorted({*now.completed, round})
+        now.report = report.brief()
+        own = msgspec.structs.replace(
+            self.event(
+                events.RUN_COMPLETED,
+                head,
+                version=head.version + 1,
+                data=msgspec.Raw(events.encode_data(now)),
+                cause=head.id,
+                stage=head.stage,
+            ),
+            round=max(now.opened, head.round),
+        )
+        appends = [Append(head.subject, head.version, (own,))]
+        publish = []
+        kind = lane.completed if report.outcome == "settled" else lane.failed
+        handling = self.handling(lane.name, kind)
+        if handling is not None:
+            told = Completed(run=head.subject, round=round, outcome=report.outcome, report=now.report)
+            notice = self.notice(kind, told, own, handling)
+            appends.append(Append(notice.subject, 0, (notice,)))
+            publish.append(Publish(notice, handling.stage.queue))
+        return Commit(appends, publish)
+
+    async def report(self, head: Event) -> Report:
+        """What the run whose head is `head` has come to, over all its rounds."""
+        now = progress(head)
+        tallies: list[RunTally] = [await self.backend.tally(head.subject, n) for n in range(now.opened + 1)]
+        return build_report(self.lanes[head.source], head, now, tallies)
+
+    def notice(self, kind: str, unit: Unit, origin: Event, handling: Handling) -> Event:
+        """The first event of a unit that tells of `origin`; its handling does not count in the run."""
+        stream = stream_of(origin.source, unit)
+        return Event(
+            self.next_id(),
+            origin.source,
+            kind,
+            stream,
+            self.stamp(),
+            msgspec.Raw(events.encode_data(unit)),
+            1,
+            origin.run,
+            origin.round,
+            origin.id,
+            handling.stage.name,
+            handling.cut,
+            1,
+            origin.traceparent,
+        )
+
+    # ------------------------------------------------------------------ quarantine
+
+    async def quarantine(self, attempt: Attempt, split: Split, start: Position, bad: Sequence[Bad]) -> None:
+        """Put bad records aside, before the batch they came with is logged; repeatable."""
+        folder = attempt.stage.policy.quarantine or self._quarantine
+        if not folder:
+            raise Permanent(f"{len(bad)} bad records and no place for them: set quarantine= in the policy")
+        url = quarantine_url(folder, attempt, split, start)
+        store = await self.connections.store(url)
+        lines = b"".join(
+            events.encode_data({"unit": attempt.unit, "url": split.url, "row": b.row, "reason": b.reason, "raw": b.raw})
+            + b"\n"
+            for b in bad
+        )
+        owner = f"{attempt.unit}#{attempt.progress.token}"
+        async with store.upload(url, owner=owner, overwrite=True) as upload:
+            await upload.write(lines)
+            await upload.commit()
+
+
+def describe(error: BaseException) -> str:
+    """`error` as one line for the log: typed errors speak for themselves, others say their type too."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if not isinstance(error, Permanent | Retryable | ConfigError | Superseded | Fenced | Interrupted):
+        text = f"{type(error).__name__}: {text}"
+    return text[:1000]
+
+
+def _seconds(time: str) -> float:
+    try:
+        return datetime.fromisoformat(time).timestamp()
+    except ValueError:
+        return 0.0
+
+
+__all__ = ["Engine", "Handling", "Outcome", "describe"]

@@ -1,0 +1,136 @@
+"""Events: CloudEvents 1.0 envelopes, their JSON, and the upcasting of old payloads.
+
+An event is a fact in one stream of the log. On every wire it is CloudEvents 1.0 structured JSON
+(CloudEvents spec 1.0.2, sections 2.4 "Context attributes" and JSON format section 3); what the spec has
+no attribute for is an extension, named in lower case as the spec demands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import msgspec
+
+from flowlane.errors import ConfigError, Permanent
+
+#: An event longer than this (bytes of structured JSON) is refused; bulk belongs into a store, by reference.
+MAX_EVENT_BYTES: Final = 256 * 1024
+
+#: How many appended events and tallies one commit may hold (DynamoDB's TransactWriteItems limit).
+MAX_ACTIONS: Final = 100
+
+Raw = msgspec.Raw
+
+EMPTY: Final = msgspec.Raw(b"{}")
+
+# The types of the engine's own events. A unit's first event has the type its class declares.
+ATTEMPT_STARTED: Final = "attempt.started"
+ATTEMPT_FAILED: Final = "attempt.failed"
+ATTEMPT_CONTINUED: Final = "attempt.continued"
+UPLOAD_OPENED: Final = "upload.opened"
+BATCH_WRITTEN: Final = "batch.written"
+STEP_DONE: Final = "step.done"
+DISCOVERY_PROGRESS: Final = "discovery.progress"
+UNIT_SETTLED: Final = "unit.settled"
+UNIT_SKIPPED: Final = "unit.skipped"
+UNIT_SUPERSEDED: Final = "unit.superseded"
+UNIT_DEAD: Final = "unit.dead"
+UNIT_REDRIVEN: Final = "unit.redriven"
+RUN_COMPLETED: Final = "run.completed"
+RUN_REDRIVEN: Final = "run.redriven"
+
+LANE_TRIGGERED: Final = "lane.triggered"
+LANE_COMPLETED: Final = "lane.completed"
+LANE_FAILED: Final = "lane.failed"
+LANE_DEAD: Final = "lane.dead"
+
+
+class Event(msgspec.Struct, frozen=True, tag_field="specversion", tag="1.0", gc=False):
+    """One fact: a CloudEvents 1.0 envelope.
+
+    ``data`` is the payload: JSON bytes (``msgspec.Raw``) in the log and on wires; the typed unit in the
+    event that a stage's handler is given.
+    """
+
+    id: str
+    source: str  #: the lane
+    type: str
+    subject: str  #: the stream, i.e. the unit of work
+    time: str  #: RFC 3339, UTC
+    data: Any
+    version: int = 0  #: extension: place in the stream, from 1
+    run: str = ""  #: extension: the stream of the run that caused it
+    round: int = 0  #: extension: the run's round (its count of redrives)
+    cause: str = ""  #: extension: id of the event whose handling caused it
+    stage: str = ""  #: extension: the stage that is owed this event (first events) or wrote it
+    cut: str = ""  #: extension, first events only: the cutting policy, "rows/bytes"
+    schema: int = 1  #: extension: version of the payload's schema
+    traceparent: str = ""  #: extension "Distributed Tracing"
+    datacontenttype: str = "application/json"
+
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(Event)
+_raw_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+encode_data = _encoder.encode
+
+
+def encode(event: Event) -> bytes:
+    """`event` as structured JSON, in one line without control characters.
+
+    Raises:
+        Permanent: the event is longer than ``MAX_EVENT_BYTES``.
+    """
+    raw = _encoder.encode(event)
+    if len(raw) > MAX_EVENT_BYTES:
+        raise Permanent(
+            f"event {event.type} of {event.subject} has {len(raw):,} bytes, the limit is {MAX_EVENT_BYTES:,}: "
+            "put the bulk into a store and its URL into the event"
+        )
+    return raw
+
+
+def decode(raw: bytes | str) -> Event:
+    """The event in `raw`, its payload left as JSON bytes (``msgspec.Raw``).
+
+    Raises:
+        Permanent: `raw` is not a CloudEvents 1.0 event, or is longer than ``MAX_EVENT_BYTES``.
+    """
+    if len(raw) > MAX_EVENT_BYTES:
+        raise Permanent(f"an event of {len(raw):,} bytes was refused: the limit is {MAX_EVENT_BYTES:,}")
+    try:
+        fields = _raw_decoder.decode(raw)
+        event = _decoder.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Permanent(f"not a CloudEvents 1.0 event: {error}") from None
+    return msgspec.structs.replace(event, data=fields.get("data", EMPTY))
+
+
+Upcaster = Callable[[Any], Any]
+
+
+def upcast(raw: msgspec.Raw, schema: int, current: int, upcasters: dict[int, Upcaster], what: str) -> msgspec.Raw:
+    """The payload `raw`, written under `schema`, as the `current` schema has it.
+
+    Each upcaster is pure and takes a decoded payload of version n to n + 1.
+
+    Raises:
+        Permanent: `schema` is newer than `current` (another release wrote it): the unit is parked, so
+            that the newer release can take it up; nothing is guessed.
+    """
+    if schema == current:
+        return raw
+    if schema > current:
+        raise Permanent(
+            f"{what} was written with schema {schema}, this release knows {current}: upgrade, then redrive"
+        )
+    value = msgspec.json.decode(raw)
+    for n in range(schema, current):
+        try:
+            step = upcasters[n]
+        except KeyError:
+            raise ConfigError(f"{what} has no upcaster from schema {n} to {n + 1}: add one to its class") from None
+        value = step(value)
+    return msgspec.Raw(_encoder.encode(value))

@@ -1,0 +1,376 @@
+"""Lanes: a named set of stages, the units they handle, and the policies they handle them under.
+
+Declaring a lane has no effect besides the object itself: nothing is opened, scheduled or registered.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, date, datetime
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from urllib.parse import quote
+
+import msgspec
+
+from flowlane import events
+from flowlane.errors import BadRecord, ConfigError, Permanent
+from flowlane.events import Upcaster
+from flowlane.ports import Cut
+
+_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|w)")
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+_PLAIN = re.compile(r"[A-Za-z0-9_.:/+=,~-]*")
+_MAX_STREAM = 400
+
+
+def duration(text: str | float) -> float:
+    """Seconds in `text`: a number, or ``"90s"``, ``"5m"``, ``"1h"``, ``"7d"``, ``"1h30m"``.
+
+    Raises:
+        ConfigError: it is not a positive duration.
+    """
+    if isinstance(text, int | float) and not isinstance(text, bool):
+        seconds = float(text)
+    else:
+        parts = _DURATION.findall(str(text))
+        if not parts or "".join(n + unit for n, unit in parts) != text:
+            raise ConfigError(f"{text!r} is not a duration: write a number and a unit, such as 30s, 5m, 1h or 7d")
+        seconds = sum(float(n) * _SECONDS[unit] for n, unit in parts)
+    if not 0 < seconds < float("inf"):
+        raise ConfigError(f"{text!r} is not a duration: it must be more than nothing")
+    return seconds
+
+
+def kebab(name: str) -> str:
+    """``OrdersFound`` as ``orders-found``."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name).lower()
+
+
+class _UnitMeta(msgspec.StructMeta):
+    """Lets ``class OrdersFound(Unit, key=("url", "etag"))`` be written on one line."""
+
+    def __new__(  # noqa: PLR0913  # the keywords of a class statement are its whole interface
+        mcls,
+        name: str,
+        bases: tuple[type, ...],
+        namespace: dict[str, Any],
+        *,
+        key: str | tuple[str, ...] = (),
+        type: str | None = None,
+        schema: int = 1,
+        upcasters: Mapping[int, Upcaster] | None = None,
+        **options: Any,
+    ) -> Any:
+        options.setdefault("frozen", True)
+        options.setdefault("kw_only", True)
+        options.setdefault("omit_defaults", True)
+        cls: Any = super().__new__(mcls, name, bases, namespace, **options)
+        cls.unit_key = (key,) if isinstance(key, str) else tuple(key)
+        cls.unit_type = type or kebab(name)
+        cls.unit_schema = schema
+        cls.unit_upcasters = dict(upcasters or {})
+        if bases and bases[0] is not msgspec.Struct:
+            _check_unit(cls)
+        return cls
+
+
+def _check_unit(cls: Any) -> None:
+    names = {f.name for f in msgspec.structs.fields(cls)}
+    missing = [k for k in cls.unit_key if k not in names]
+    if missing:
+        raise ConfigError(f"unit {cls.__name__} has no field {missing[0]!r} for its key: name existing fields in key=")
+    if not _NAME.fullmatch(cls.unit_type):
+        raise ConfigError(f"unit {cls.__name__} has the type {cls.unit_type!r}: use lower case, digits and dashes")
+
+
+class Unit(msgspec.Struct, metaclass=_UnitMeta):
+    """A unit of work, declared with its natural key: ``class OrdersFound(Unit, key=("url", "etag"))``.
+
+    Yielding one from a stage registers it; a unit whose key is known already is not registered again, so
+    nothing is ingested twice. Keyword arguments of the class: ``key`` (field names), ``type`` (the event's
+    type; the class's name in kebab case by default), ``schema`` and ``upcasters`` (payloads of schema n are
+    lifted by ``upcasters[n]``, a pure function of the decoded payload, to n + 1).
+    """
+
+    if TYPE_CHECKING:
+        unit_key: ClassVar[tuple[str, ...]]
+        unit_type: ClassVar[str]
+        unit_schema: ClassVar[int]
+        unit_upcasters: ClassVar[dict[int, Upcaster]]
+
+        def __init_subclass__(
+            cls,
+            *,
+            key: str | tuple[str, ...] = (),
+            type: str | None = None,
+            schema: int = 1,
+            upcasters: Mapping[int, Upcaster] | None = None,
+        ) -> None: ...
+
+
+def stream_of(lane: str, unit: Unit) -> str:
+    """The name of `unit`'s stream: lane, type, and its key's values; different keys never share one.
+
+    Raises:
+        ConfigError: the unit has no key.
+        Permanent: a key's value is not text, a whole number, a boolean or a moment.
+    """
+    if not unit.unit_key:
+        raise ConfigError(f"unit {type(unit).__name__} has no key: declare it as class {type(unit).__name__}(Unit, key=...)")
+    parts = [_key_part(unit, name) for name in unit.unit_key]
+    stream = f"{lane}/{unit.unit_type}/{'@'.join(parts)}"
+    if len(stream) > _MAX_STREAM:
+        digest = blake2b(stream.encode(), digest_size=16).hexdigest()
+        stream = f"{stream[: _MAX_STREAM - 33]}@{digest}"
+    return stream
+
+
+def _key_part(unit: Unit, name: str) -> str:
+    value = getattr(unit, name)
+    if isinstance(value, str):
+        return value if _PLAIN.fullmatch(value) else quote(value, safe=":/+=,~", errors="surrogatepass")
+    if isinstance(value, datetime):
+        return events_time(value)
+    if isinstance(value, date | int):
+        return str(value)
+    raise Permanent(f"unit {type(unit).__name__} has {type(value).__name__} in its key field {name!r}: use text or numbers")
+
+
+def events_time(moment: datetime) -> str:
+    """`moment` in UTC as it stands in keys: to the second, without punctuation that URLs would escape."""
+    utc = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    return utc.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class Fact(Unit):
+    """A fact of the lane itself, kept as the cumulative state of a stream of its own (a bookmark, say).
+
+    ``key`` names fields that tell several such streams apart; without one there is a single stream. Read
+    the last one with ``ctx.recall``; yield a new one from a discovery, and it is appended in the very commit
+    that registers the units yielded before it.
+    """
+
+
+F = TypeVar("F", bound=Fact)
+
+
+def fact_stream(lane: str, fact: type[F], key: dict[str, Any]) -> str:
+    """The stream of the facts of type `fact` with that key."""
+    if not fact.unit_key:
+        return f"{lane}/{fact.unit_type}"
+    blank = {f.name: f.default for f in msgspec.structs.fields(fact) if f.default is not msgspec.NODEFAULT}
+    return stream_of(lane, fact(**{**blank, **{name: key[name] for name in fact.unit_key}}))
+
+
+class Trigger(Unit, key=("slot",), type="run"):
+    """What ``lane.triggered`` carries: the slot (or the id of the outer event) that names the run."""
+
+    slot: str
+    by: str = "schedule"
+    at: str = ""
+    event: Any = None
+
+
+class Completed(Unit, key=("run", "round"), type="notice"):
+    """What ``lane.completed`` and ``lane.failed`` carry, once per run and round, with the whole report."""
+
+    run: str
+    round: int
+    outcome: Literal["settled", "failed"]
+    report: dict[str, Any]
+
+
+class Dead(Unit, key=("unit", "round"), type="dead"):
+    """What ``lane.dead`` carries, once per dead unit and round."""
+
+    unit: str
+    round: int
+    reason: str
+    stage: str = ""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a stage's units are handled. Durations are seconds, or text like ``"5m"``."""
+
+    concurrency: int = 8  #: units of a stage handled at once by one worker
+    retries: int = 5  #: further attempts after the first, counted anew when the unit has moved on
+    timeout: float | str = 900.0  #: for one attempt
+    error_budget: float = 0.01  #: share of a run's records that may be quarantined before it has failed
+    quarantine: str | None = None  #: URI of the folder for bad records; beside the backend by default
+    notify: str | None = None  #: URI of a notifier, told of every completed or failed run
+    schema: Literal["evolve", "freeze", "quarantine"] = "evolve"  #: what new columns do
+    backoff: float | str = 1.0  #: the first retry waits a random time up to this, doubled with each further one
+    backoff_cap: float | str = 60.0  #: and never longer than this
+    lease: float | str = 30.0  #: a delivery whose worker has fallen silent for so long is handed out again
+    hops: int = 3  #: continuations in a row that may pass without the unit moving on
+    batch: int = Cut().rows  #: records in a batch, at most
+    batch_bytes: int = Cut().size  #: decoded bytes in a batch, at most
+
+    def __post_init__(self) -> None:
+        for name in ("timeout", "backoff", "backoff_cap", "lease"):
+            object.__setattr__(self, name, duration(getattr(self, name)))
+        for name, least in (("concurrency", 1), ("retries", 0), ("hops", 1), ("batch", 1), ("batch_bytes", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"policy {name}={value!r}: must be a whole number of at least {least}")
+        if not 0 <= self.error_budget <= 1:
+            raise ConfigError(f"policy error_budget={self.error_budget!r}: must be a share between 0 and 1")
+        if self.schema not in ("evolve", "freeze", "quarantine"):
+            raise ConfigError(f"policy schema={self.schema!r}: must be evolve, freeze or quarantine")
+
+    @property
+    def cut(self) -> Cut:
+        """The cutting policy that new units of the stage record."""
+        return Cut(self.batch, self.batch_bytes)
+
+    def delay(self, attempt: int, chance: float) -> float:
+        """Seconds before the attempt after number `attempt` (from 1): full jitter, doubled and capped."""
+        ceiling = min(float(self.backoff_cap), float(self.backoff) * 2.0 ** min(attempt - 1, 60))
+        return ceiling * chance
+
+
+Handler = Callable[..., Any]
+H = TypeVar("H", bound=Handler)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An async handler subscribed to one event type, with its policy."""
+
+    name: str
+    lane: str
+    on: str
+    unit: type[Unit]
+    handler: Handler
+    policy: Policy
+
+    @property
+    def queue(self) -> str:
+        """The name under which the backend queues its deliveries."""
+        return f"{self.lane}/{self.name}"
+
+    @property
+    def counted(self) -> bool:
+        """Whether its units count in the run's tally: not the run itself, nor notices about it."""
+        return self.on not in _OWN
+
+
+_OWN: Mapping[str, type[Unit]] = {
+    events.LANE_TRIGGERED: Trigger,
+    events.LANE_COMPLETED: Completed,
+    events.LANE_FAILED: Completed,
+    events.LANE_DEAD: Dead,
+}
+
+View = Callable[[Any], Awaitable[dict[str, Any]]]
+
+
+@dataclass
+class Lane:
+    """A named set of stages and its trigger: the unit of deployment.
+
+    ``every`` is the schedule (``"30m"``; none: only when triggered from outside), ``policy`` the default of
+    its stages, ``options`` whatever a recipe wants shown by ``flowlane graph`` and ``plan``.
+    """
+
+    name: str
+    every: str | None = None
+    policy: Policy = field(default_factory=Policy)
+    stages: list[Stage] = field(default_factory=list, init=False)
+    views: dict[str, View] = field(default_factory=dict, init=False)
+
+    triggered = events.LANE_TRIGGERED
+    completed = events.LANE_COMPLETED
+    failed = events.LANE_FAILED
+    dead = events.LANE_DEAD
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(str(self.name)):
+            raise ConfigError(f"lane name {self.name!r}: use lower case letters, digits, dashes; at most 63")
+        if self.every is not None:
+            duration(self.every)
+
+    def stage(self, *, on: Any, name: str | None = None, **policy: Any) -> Callable[[H], H]:
+        """Subscribe the decorated ``async def handler(event, ctx)`` to units of the type `on`, or to
+        ``lane.triggered``, ``completed``, ``failed`` or ``dead``. Keywords override the lane's policy.
+
+        The handler may be a coroutine, or an async generator that yields the units it finds.
+
+        Raises:
+            ConfigError: the type has a stage already, or a keyword is no part of the policy.
+        """
+        unit: Any = _OWN.get(on) if isinstance(on, str) else on
+        if unit is None or not (isinstance(unit, type) and issubclass(unit, Unit)) or issubclass(unit, Fact):
+            raise ConfigError(f"lane {self.name}: a stage is subscribed to a Unit class or to lane.triggered, not {on!r}")
+        kind = on if isinstance(on, str) else unit.unit_type
+        known = {f.name for f in fields(Policy)}
+        unknown = sorted(set(policy) - known)
+        if unknown:
+            raise ConfigError(f"lane {self.name}: no policy {unknown[0]!r}; known: {', '.join(sorted(known))}")
+
+        def register(handler: H) -> H:
+            stage = Stage(
+                name=name or handler.__name__.replace("_", "-"),
+                lane=self.name,
+                on=kind,
+                unit=unit,
+                handler=handler,
+                policy=replace(self.policy, **policy),
+            )
+            self._add(stage)
+            return handler
+
+        return register
+
+    def _add(self, stage: Stage) -> None:
+        for other in self.stages:
+            if other.on == stage.on:
+                raise ConfigError(
+                    f"lane {self.name}: {stage.name} and {other.name} both handle {stage.on!r}: "
+                    "a unit is settled by one stage; let the first yield another unit for the second"
+                )
+            if other.name == stage.name:
+                raise ConfigError(f"lane {self.name}: two stages are called {stage.name!r}: give one a name=")
+        if not _NAME.fullmatch(stage.name):
+            raise ConfigError(f"lane {self.name}: stage name {stage.name!r}: use lower case, digits, dashes")
+        self.stages.append(stage)
+
+    def view(self, name: str) -> Callable[[View], View]:
+        """Register an ``async def view(ctx) -> dict`` that ``flowlane status`` shows under `name`."""
+
+        def register(view: View) -> View:
+            self.views[name] = view
+            return view
+
+        return register
+
+    def stage_on(self, kind: str) -> Stage | None:
+        """The stage subscribed to events of type `kind`."""
+        return next((s for s in self.stages if s.on == kind), None)
+
+    def check(self) -> None:
+        """Raises:
+        ConfigError: the lane cannot run: it has no stage on ``lane.triggered``.
+        """
+        if self.stage_on(self.triggered) is None:
+            raise ConfigError(f"lane {self.name} has no stage on lane.triggered: nothing would ever happen")
+
+
+__all__ = [
+    "BadRecord",
+    "Completed",
+    "Dead",
+    "Fact",
+    "Lane",
+    "Policy",
+    "Stage",
+    "Trigger",
+    "Unit",
+    "duration",
+    "stream_of",
+]

@@ -1,0 +1,185 @@
+"""Plugins: which scheme is opened by whom; loaded by the composition root, imported when first used."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from importlib.metadata import entry_points
+
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
+
+import pluggy
+
+from flowlane import hookspecs
+from flowlane.errors import ConfigError, PluginError
+from flowlane.hookspecs import API, Kind, Provides, hookimpl
+from flowlane.ports import Environment
+
+GROUP = "flowlane"
+
+
+@hookimpl
+def flowlane_provides() -> Sequence[Provides]:
+    """The built-in connectors and backends, registered as any plugin's are."""
+    return [
+        Provides("backend", "memory", "flowlane.backends.memory:open_backend"),
+        Provides("backend", "sqlite", "flowlane.backends.sqlite:open_backend"),
+        Provides("store", "file", "flowlane.connectors.file:open_store"),
+        Provides("store", "http", "flowlane.connectors.http:open_store", query="data"),
+        Provides("store", "https", "flowlane.connectors.http:open_store", query="data"),
+        Provides("source", "file", "flowlane.connectors.records:open_source"),
+        Provides("source", "http", "flowlane.connectors.records:open_source", query="data"),
+        Provides("source", "https", "flowlane.connectors.records:open_source", query="data"),
+        Provides("source", "sqlite", "flowlane.connectors.sqlite:open_source"),
+        Provides("sink", "file", "flowlane.connectors.records:open_sink"),
+        Provides("sink", "sqlite", "flowlane.connectors.sqlite:open_sink"),
+        Provides("secrets", "env", "flowlane.connectors.env:open_secrets"),
+    ]
+
+
+class Registry:
+    """Who opens what; made by ``load`` or, in tests, from a list of plugins."""
+
+    def __init__(self, plugins: Mapping[str, Any]) -> None:
+        """Register `plugins` by name, in order.
+
+        Raises:
+            PluginError: a plugin's hook fails, answers nonsense, or provides what another one provides.
+        """
+        self._manager = pluggy.PluginManager(GROUP)
+        self._manager.add_hookspecs(hookspecs)
+        self._table: dict[tuple[str, str], tuple[Provides, str]] = {}
+        for name, plugin in plugins.items():
+            try:
+                self._manager.register(plugin, name=name)
+                self._manager.check_pending()
+            except Exception as error:
+                raise PluginError(f"plugin {name!r} has hooks that do not fit: {error}") from error
+            self._take(name, plugin)
+
+    @classmethod
+    def load(cls) -> Registry:
+        """The built-in plugin and every installed one.
+
+        Raises:
+            PluginError: one fails to load; it is named, with what to do.
+        """
+        plugins: dict[str, Any] = {"builtin": sys.modules[__name__]}
+        for entry in entry_points(group=GROUP):
+            if entry.name in plugins:
+                raise PluginError(f"two plugins are called {entry.name!r}: uninstall one of them")
+            try:
+                plugins[entry.name] = entry.load()
+            except Exception as error:
+                raise PluginError(
+                    f"plugin {entry.name!r} ({entry.value}) failed to load: {type(error).__name__}: {error}; "
+                    "upgrade or uninstall it"
+                ) from error
+        return cls(plugins)
+
+    def _take(self, name: str, plugin: Any) -> None:
+        others = [p for n, p in self._manager.list_name_plugin() if n != name]
+        caller = self._manager.subset_hook_caller("flowlane_provides", remove_plugins=others)
+        try:
+            answers = [item for answer in caller() for item in answer]
+        except Exception as error:
+            raise PluginError(f"plugin {name!r} failed to say what it provides: {error}") from error
+        for item in answers:
+            if not isinstance(item, Provides):
+                raise PluginError(f"plugin {name!r} provides {item!r}, which is no Provides(kind, scheme, path)")
+            if item.api != API:
+                raise PluginError(f"plugin {name!r} is made for hooks of version {item.api}, these are {API}: upgrade it")
+            key = (item.kind, item.scheme)
+            if key in self._table:
+                raise PluginError(
+                    f"plugins {self._table[key][1]!r} and {name!r} both open {item.scheme}:// as {item.kind}: "
+                    "uninstall one of them"
+                )
+            self._table[key] = (item, name)
+
+    def provided(self) -> list[dict[str, str]]:
+        """What is provided and by whom, as rows for ``flowlane plugins``."""
+        return [
+            {"kind": item.kind, "scheme": item.scheme, "plugin": name, "path": item.path}
+            for item, name in self._table.values()
+        ]
+
+    def schemes(self, kind: Kind) -> list[str]:
+        """The schemes that can be opened as `kind`."""
+        return sorted(scheme for known, scheme in self._table if known == kind)
+
+    def split(self, kind: Kind, uri: str) -> tuple[str, dict[str, str]]:
+        """`uri` without its options, and the options.
+
+        Raises:
+            ConfigError: nothing opens its scheme as `kind`, or an option is given twice.
+        """
+        item, _ = self._find(kind, uri)
+        if item.query == "data":
+            return uri, {}
+        parts = urlsplit(uri)
+        options: dict[str, str] = {}
+        for name, value in parse_qsl(parts.query, keep_blank_values=True):
+            if name in options:
+                raise ConfigError(f"{redact(uri)}: option {name!r} is given twice")
+            options[name] = value
+        return urlunsplit(parts._replace(query="")) if parts.query else uri, options
+
+    def open(
+        self, kind: Kind, uri: str, environment: Environment, options: Mapping[str, Any]
+    ) -> AbstractAsyncContextManager[Any]:
+        """Whatever opens `uri` (its options already split off) as `kind`, not entered yet.
+
+        Raises:
+            ConfigError: an option is unknown (the message names the known ones) or missing.
+            PluginError: the plugin's module fails to import.
+        """
+        item, name = self._find(kind, uri)
+        factory = self._factory(item, name)
+        known = {
+            p.name: p for p in inspect.signature(factory).parameters.values() if p.kind is p.KEYWORD_ONLY
+        }
+        for option in options:
+            if option not in known:
+                listed = ", ".join(sorted(known)) or "none"
+                raise ConfigError(f"{redact(uri)}: unknown option {option!r}; known: {listed}")
+        for parameter in known.values():
+            if parameter.default is parameter.empty and parameter.name not in options:
+                raise ConfigError(f"{redact(uri)}: the option {parameter.name!r} is missing")
+        opened: AbstractAsyncContextManager[Any] = factory(uri, environment, **options)
+        return opened
+
+    def _find(self, kind: Kind, uri: str) -> tuple[Provides, str]:
+        scheme, separator, _ = uri.partition("://")
+        found = self._table.get((kind, scheme)) if separator else None
+        if found is None:
+            what = f"scheme {scheme!r}" if separator else "no scheme"
+            raise ConfigError(f"{redact(uri)!r} has {what}: as {kind}, flowlane opens {', '.join(self.schemes(kind))}")
+        return found
+
+    def _factory(self, item: Provides, name: str) -> Callable[..., AbstractAsyncContextManager[Any]]:
+        module, _, attribute = item.path.partition(":")
+        try:
+            factory: Callable[..., AbstractAsyncContextManager[Any]] = getattr(
+                importlib.import_module(module), attribute
+            )
+        except Exception as error:
+            raise PluginError(
+                f"plugin {name!r} cannot open {item.scheme}:// as {item.kind}: {item.path} fails to import "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        return factory
+
+
+def redact(uri: str) -> str:
+    """`uri` fit for messages: without user, password and query, any of which may hold a secret."""
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        return uri.partition("?")[0]
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path, "", "")) if parts.scheme else uri.partition("?")[0]

@@ -1,0 +1,289 @@
+"""The pump: keeps a stage's slots busy with deliveries, watches their time, and keeps their leases.
+
+Long-lived slots take deliveries from a small buffer; no task is made for a delivery. The buffer holds what
+is worked off in a quarter of a second, so a slow stage hoards nothing that another worker could do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Sequence
+from types import TracebackType
+
+from flowlane.attempt import Attempt
+from flowlane.deadline import Deadline, Interrupted
+from flowlane.engine import Engine, Handling, Outcome
+from flowlane.errors import Fenced, Retryable
+from flowlane.ports import Delivery
+
+#: Deliveries of one stage held by one worker, at most, and how many seconds' worth of them.
+PREFETCH = 512
+HORIZON = 0.25
+_POLL = 5.0
+
+
+class Slot:
+    """One of a stage's long-lived tasks: what it works on, since when, and why it was interrupted."""
+
+    __slots__ = ("attempt", "began", "delivery", "task", "why")
+
+    def __init__(self) -> None:
+        self.task: asyncio.Task[None] | None = None
+        self.delivery: Delivery | None = None
+        self.attempt: Attempt | None = None
+        self.began = 0.0
+        self.why: BaseException | None = None
+
+    def interrupt(self, why: BaseException) -> None:
+        """Cancel what the slot is doing; it goes on with `why` as the attempt's end."""
+        if self.why is None and self.task is not None:
+            self.why = why
+            self.task.cancel()
+
+
+class _Station:
+    """The buffer and slots of one stage."""
+
+    def __init__(self, handling: Handling) -> None:
+        self.handling = handling
+        self.queue = handling.stage.queue
+        self.lease = float(handling.stage.policy.lease)
+        self.timeout = float(handling.stage.policy.timeout)
+        self.concurrency = handling.stage.policy.concurrency
+        self.buffer: deque[Delivery] = deque()
+        self.idle: deque[asyncio.Future[None]] = deque()
+        self.slots = [Slot() for _ in range(self.concurrency)]
+        self.held: dict[int, tuple[Delivery, float]] = {}
+        self.target = self.concurrency
+        self.room: asyncio.Future[None] | None = None
+        self.settled = 0
+
+    def feed(self, deliveries: Sequence[Delivery], now: float) -> None:
+        """Put deliveries into the buffer and wake as many slots."""
+        for delivery in deliveries:
+            self.held[id(delivery)] = (delivery, now)
+        self.buffer.extend(deliveries)
+        for _ in range(min(len(self.idle), len(deliveries))):
+            waiting = self.idle.popleft()
+            if not waiting.done():
+                waiting.set_result(None)
+
+    def release(self, delivery: Delivery) -> None:
+        """The delivery is settled, one way or the other: there is room for another."""
+        if self.held.pop(id(delivery), None) is not None:
+            self.settled += 1
+        room = self.room
+        if room is not None and not room.done() and len(self.held) * 2 <= self.target:
+            room.set_result(None)
+
+
+class Pump:
+    """Handles deliveries while its context is open; ``receiving`` ones of its own, or only those fed to it.
+
+    Leaving the context waits for what runs (up to the deadline), gives back what was not begun, and waits for
+    the last commits.
+    """
+
+    def __init__(self, engine: Engine, deadline: Deadline, *, receiving: bool = True) -> None:
+        self.engine = engine
+        self.deadline = deadline
+        self.outcomes: dict[int, Outcome] = {}
+        self._keep_outcomes = not receiving
+        self._receiving = receiving
+        self._stations = {queue: _Station(handling) for queue, handling in engine.queues.items()}
+        self._tasks: asyncio.TaskGroup | None = None
+        self._side: list[asyncio.Task[None]] = []
+        self._slots: list[asyncio.Task[None]] = []
+        self._closing = False
+        self._empty: asyncio.Future[None] | None = None
+
+    async def __aenter__(self) -> Pump:
+        await self.engine.committer.__aenter__()
+        self.engine.committer.on_settled = self._on_settled
+        self._tasks = await asyncio.TaskGroup().__aenter__()
+        for station in self._stations.values():
+            for slot in station.slots:
+                slot.task = self._tasks.create_task(self._work(station, slot), name=f"slot {station.queue}")
+                self._slots.append(slot.task)
+            if self._receiving:
+                self._side.append(self._tasks.create_task(self._receive(station), name=f"receive {station.queue}"))
+        self._side.append(self._tasks.create_task(self._watch(), name="flowlane-watch"))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        tasks = self._tasks
+        assert tasks is not None
+        try:
+            if kind is None:
+                await self._close()
+        finally:
+            for task in self._side:
+                task.cancel()
+            await tasks.__aexit__(kind, error, trace)
+            await self.engine.committer.__aexit__(kind, error, trace)
+
+    async def _close(self) -> None:
+        self._closing = True
+        for task in self._side[:-1]:  # the receivers; the watch goes on until the slots are done
+            task.cancel()
+        for station in self._stations.values():
+            while station.buffer and self._receiving:
+                delivery = station.buffer.popleft()
+                await delivery.nack()
+                station.release(delivery)
+            while station.idle:
+                waiting = station.idle.popleft()
+                if not waiting.done():
+                    waiting.set_result(None)
+        if self._slots:
+            await asyncio.wait(self._slots)
+
+    # ------------------------------------------------------------------ feeding
+
+    async def feed(self, deliveries: Sequence[Delivery]) -> None:
+        """Handle `deliveries`; ``outcomes`` has each one's end once the context is left."""
+        now = self.engine.clock.monotonic()
+        for delivery in deliveries:
+            station = self._stations.get(delivery.stage)
+            if station is None:
+                self.outcomes[id(delivery)] = "failed"
+            else:
+                station.feed([delivery], now)
+
+    async def until(self, condition: Awaitable[None]) -> None:
+        """Work until `condition` returns, or the deadline is near."""
+        waiting = asyncio.ensure_future(condition)
+        try:
+            while not waiting.done() and not self.deadline.near(self.engine.clock.monotonic()):
+                await asyncio.wait([waiting], timeout=0.2)
+            if waiting.done():
+                waiting.result()
+        finally:
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+
+    async def _receive(self, station: _Station) -> None:
+        clock = self.engine.clock
+        loop = asyncio.get_running_loop()
+        failures = 0
+        while not self._closing:
+            room = station.target - len(station.held)
+            if room <= 0 or self.deadline.near(clock.monotonic()):
+                station.room = loop.create_future()
+                try:
+                    await asyncio.wait([station.room], timeout=0.2)
+                finally:
+                    station.room = None
+                continue
+            try:
+                got = await self.engine.backend.receive([station.queue], room, lease=station.lease, wait=_POLL)
+            except Exception:  # noqa: BLE001  # the queue is away: wait, with jitter, and ask again
+                failures += 1
+                await clock.sleep(min(30.0, 0.1 * 2**failures) * (0.5 + clock.random() / 2))
+                continue
+            failures = 0
+            if got:
+                station.feed(got, clock.monotonic())
+
+    # ------------------------------------------------------------------ working
+
+    async def _work(self, station: _Station, slot: Slot) -> None:
+        clock = self.engine.clock
+        loop = asyncio.get_running_loop()
+        buffer = station.buffer
+        while True:
+            if not buffer:
+                if self._closing:
+                    return
+                waiting = loop.create_future()
+                station.idle.append(waiting)
+                await waiting
+                continue
+            delivery = buffer.popleft()
+            slot.delivery = delivery
+            slot.began = clock.monotonic()
+            try:
+                result = await self.engine.process(delivery, self.deadline, slot)
+            except asyncio.CancelledError:
+                result = await self._interrupted(slot, delivery)
+            slot.delivery = None
+            slot.attempt = None
+            if type(result) is str:
+                self._ended(delivery, result)
+
+    async def _interrupted(self, slot: Slot, delivery: Delivery) -> Attempt | Outcome:
+        why, task = slot.why, slot.task
+        if why is None or task is None:
+            raise asyncio.CancelledError
+        slot.why = None
+        if task.uncancel() > 0:
+            raise asyncio.CancelledError
+        if slot.attempt is None:
+            await delivery.nack()
+            return "released"
+        try:
+            return await self.engine.fail(slot.attempt, why)
+        except Exception:  # noqa: BLE001  # the log is away; the lease will run out
+            return "released"
+
+    def _on_settled(self, attempt: Attempt) -> None:
+        self._ended(attempt.delivery, attempt.outcome)  # type: ignore[arg-type]  # set from Outcome's values
+
+    def _ended(self, delivery: Delivery, outcome: Outcome) -> None:
+        if self._keep_outcomes:
+            self.outcomes[id(delivery)] = outcome
+        self._stations[delivery.stage].release(delivery)
+
+    # ------------------------------------------------------------------ watching
+
+    async def _watch(self) -> None:
+        clock = self.engine.clock
+        tick = min([1.0, *(s.lease / 4 for s in self._stations.values()), *(s.timeout / 4 for s in self._stations.values())])
+        last = clock.monotonic()
+        while True:
+            await clock.sleep(tick)
+            now = clock.monotonic()
+            for station in self._stations.values():
+                self._watch_time(station, now)
+                rate = station.settled / max(now - last, 1e-9)
+                station.settled = 0
+                station.target = min(PREFETCH, max(station.concurrency, int(rate * HORIZON)))
+                await self._keep_leases(station, now)
+            last = now
+
+    def _watch_time(self, station: _Station, now: float) -> None:
+        over = self.deadline.over(now)
+        for slot in station.slots:
+            if slot.delivery is None:
+                continue
+            if over:
+                slot.interrupt(Interrupted("the process had to end before the stage reached a safe point"))
+            elif now - slot.began > station.timeout:
+                slot.interrupt(Retryable(f"the attempt took longer than its timeout of {station.timeout:g} s"))
+
+    async def _keep_leases(self, station: _Station, now: float) -> None:
+        due = [(key, d) for key, (d, since) in station.held.items() if now - since >= station.lease / 3]
+        if not due:
+            return
+        answers = await asyncio.gather(*(d.extend(station.lease) for _, d in due), return_exceptions=True)
+        for (key, delivery), answer in zip(due, answers, strict=True):
+            if key not in station.held:
+                continue
+            if answer is True:
+                station.held[key] = (delivery, now)
+            elif answer is False:
+                self._lost(station, delivery)
+
+    def _lost(self, station: _Station, delivery: Delivery) -> None:
+        if delivery in station.buffer:
+            station.buffer.remove(delivery)
+            station.release(delivery)
+            return
+        for slot in station.slots:
+            if slot.delivery is delivery:
+                if slot.attempt is not None:
+                    slot.attempt.lost = True
+                slot.interrupt(Fenced(f"the lease on {delivery.event.subject} was lost"))

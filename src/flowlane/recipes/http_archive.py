@@ -1,0 +1,337 @@
+"""``http_archive``: archives published over HTTP at regular times, landed in a lake as they are.
+
+Discovery asks for each period's archive by HEAD, from a bookmark on. A period whose archive is there becomes
+a unit; one that is missing is state of the bookmark: asked for again while it is recent, a recorded permanent
+gap once it is old. A server that does not answer (5xx, 429) has not said "missing".
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import msgspec
+
+from flowlane.errors import ConfigError, Permanent, Retryable
+from flowlane.events import Event
+from flowlane.lane import Fact, Lane, Policy, Unit, duration
+from flowlane.ports import Context, ObjectInfo
+from flowlane.status import LogView
+
+#: Periods asked for at once.
+PROBES = 16
+
+
+class Archive(Unit, key=("period",), type="hour"):
+    """One period's archive, found."""
+
+    period: str
+    url: str
+    to: str
+    etag: str = ""
+    size: int = -1
+
+
+class ArchiveVersion(Unit, key=("period", "etag"), type="hour"):
+    """One period's archive in one of its published versions (``refresh=True``)."""
+
+    period: str
+    url: str
+    to: str
+    etag: str = ""
+    size: int = -1
+
+
+class Pending(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A period whose archive was not there when asked for: since when, and what was answered."""
+
+    since: str
+    reason: str
+
+
+class Bookmark(Fact, type="bookmark"):
+    """How far the archive is covered: every period before ``next`` is a unit, pending, or a gap."""
+
+    next: str
+    pending: dict[str, Pending] = {}
+    gaps: list[tuple[str, str]] = []  #: [first, last] periods, both inclusive, in order
+    etags: dict[str, str] = {}  #: refresh only: the version last found of each recent period
+
+
+def http_archive(
+    name: str,
+    *,
+    url: str,
+    start: str | datetime,
+    to: str,
+    step: str = "1h",
+    every: str | None = "30m",
+    until: str | datetime | None = None,
+    headers: Mapping[str, str] | None = None,
+    max_gap: str = "7d",
+    verify: Literal["content", "length"] = "content",
+    refresh: bool = False,
+    policy: Policy | None = None,
+) -> Lane:
+    """A lane that lands the archive of every period from `start` (inclusive) to `until` (exclusive, or for ever).
+
+    `url` is a ``str.format`` template over the period's beginning, the UTC datetime ``t``; so may `to` be,
+    the folder they land in. A period is asked for once it is over; one that is missing for longer than
+    `max_gap` is a permanent gap. ``verify="content"`` proves a ``.gz`` or ``.zst`` body by decoding it on the
+    way through, ``"length"`` trusts length and magic number. With `refresh`, an archive that is published
+    again within `max_gap` is landed again, over the old one. Header values may be secret references.
+
+    Raises:
+        ConfigError: a template, time or duration cannot be used; said with what to write instead.
+    """
+    plan = _Plan(url, _moment("start", start), None if until is None else _moment("until", until), step, to, max_gap)
+    if verify not in ("content", "length"):
+        raise ConfigError(f"verify={verify!r}: must be content or length")
+    kind = ArchiveVersion if refresh else Archive
+    lane = Lane(name, every=every, policy=policy or Policy())
+
+    @lane.stage(on=lane.triggered, concurrency=1)
+    async def find(event: Event, ctx: Context) -> AsyncIterator[Unit]:
+        search = _Search(plan, await ctx.recall(Bookmark), ctx, await _resolve(headers, ctx), refresh)
+        async for periods in search.chunks():
+            for period, found in await search.probe(periods):
+                if found is not None:
+                    yield kind(
+                        period=_text(period),
+                        url=plan.url(period),
+                        to=plan.target(period),
+                        etag=found.etag,
+                        size=found.size,
+                    )
+            if search.changed:
+                yield search.bookmark()
+        search.finish()
+
+    @lane.stage(on=kind)
+    async def land(event: Event, ctx: Context) -> None:
+        archive = event.data
+        await ctx.copy(
+            archive.url,
+            to=archive.to,
+            verify=verify,
+            headers=await _resolve(headers, ctx),
+            etag=archive.etag if refresh else "",
+            overwrite=refresh,
+        )
+
+    @lane.view("hours")
+    async def hours(log: LogView) -> dict[str, Any]:
+        return await _coverage(plan, log)
+
+    return lane
+
+
+class _Plan:
+    """The periods, and where each one's archive is and goes."""
+
+    def __init__(
+        self, url: str, start: datetime, until: datetime | None, step: str, to: str, max_gap: str
+    ) -> None:
+        self._url = url
+        self._to = to if to.endswith("/") else to + "/"
+        self.start = start
+        self.until = until
+        self.step = timedelta(seconds=duration(step))
+        self.max_gap = timedelta(seconds=duration(max_gap))
+        if until is not None and until <= start:
+            raise ConfigError(f"until={_text(until)} is not after start={_text(start)}: nothing would ever be landed")
+        if self.url(start) == self.url(start + self.step):
+            raise ConfigError(f"url={url!r} is the same for every period: put the time in, as in {{t:%Y-%m-%d}}-{{t.hour}}")
+        if self.target(start) == self.target(start + self.step):
+            raise ConfigError(f"url={url!r} ends in the same name for every period, all would land in {self.target(start)}")
+
+    def url(self, period: datetime) -> str:
+        """The URL of the period's archive."""
+        return self._format("url", self._url, period)
+
+    def target(self, period: datetime) -> str:
+        """Where the period's archive lands: `to`, and the last segment of its URL's path."""
+        name = urlsplit(self.url(period)).path.rpartition("/")[2]
+        if not name:
+            raise ConfigError(f"url={self._url!r} ends in no file name: nothing to call the landed file")
+        return self._format("to", self._to, period) + name
+
+    def last(self, now: datetime) -> datetime:
+        """The first period that is not over yet at `now` (or is not wanted)."""
+        periods = int((now - self.start) / self.step)
+        last = self.start + max(0, periods) * self.step
+        return min(last, self.until) if self.until else last
+
+    def _format(self, what: str, template: str, period: datetime) -> str:
+        try:
+            return template.format(t=period)
+        except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+            raise ConfigError(
+                f"{what}={template!r} cannot be filled in ({type(error).__name__}: {error}): "
+                "it is a str.format template over the datetime t, as in {t:%Y-%m-%d}-{t.hour}"
+            ) from None
+
+
+class _Search:
+    """One walk from the bookmark to now; the bookmark it leaves behind never passes a pending period."""
+
+    def __init__(
+        self, plan: _Plan, mark: Bookmark | None, ctx: Context, headers: dict[str, str] | None, refresh: bool
+    ) -> None:
+        self._plan = plan
+        self._ctx = ctx
+        self._headers = headers
+        self._refresh = refresh
+        self._next = plan.start if mark is None else _parse(mark.next)
+        self._pending = {} if mark is None else dict(mark.pending)
+        self._gaps = [] if mark is None else list(mark.gaps)
+        self._etags = {} if mark is None else dict(mark.etags)
+        self._answers = 0
+        self._silent: list[Retryable] = []
+        self.changed = False
+
+    async def chunks(self) -> AsyncIterator[list[datetime]]:
+        """What to ask for, in order: pending periods, then those after the bookmark."""
+        again = sorted(_parse(text) for text in {**self._pending, **(self._etags if self._refresh else {})})
+        for i in range(0, len(again), PROBES):
+            yield again[i : i + PROBES]
+        last = self._plan.last(self._ctx.now())
+        while self._next < last:
+            count = min(PROBES, -((self._next - last) // self._plan.step))
+            yield [self._next + n * self._plan.step for n in range(count)]
+
+    async def probe(self, periods: list[datetime]) -> list[tuple[datetime, ObjectInfo | None]]:
+        """Ask for all of `periods`, and note the answers in order."""
+        async with asyncio.TaskGroup() as tasks:
+            asked = [tasks.create_task(self._head(period)) for period in periods]
+        return [(period, self._note(period, task.result())) for period, task in zip(periods, asked, strict=True)]
+
+    async def _head(self, period: datetime) -> ObjectInfo | Retryable | Permanent | None:
+        try:
+            return await self._ctx.head(self._plan.url(period), headers=self._headers)
+        except (Retryable, Permanent) as error:
+            return error
+
+    def _note(self, period: datetime, answer: ObjectInfo | Retryable | Permanent | None) -> ObjectInfo | None:
+        text = _text(period)
+        if isinstance(answer, Permanent):
+            raise answer
+        if period >= self._next:
+            self._next = period + self._plan.step
+            self.changed = True
+        if isinstance(answer, Retryable):
+            self._silent.append(answer)
+            self._wait(text, str(answer))
+            return None
+        self._answers += 1
+        if answer is None:
+            self._missing(period, text)
+            return None
+        self.changed |= self._pending.pop(text, None) is not None
+        return answer if self._is_new(period, text, answer) else None
+
+    def _is_new(self, period: datetime, text: str, found: ObjectInfo) -> bool:
+        if not self._refresh:
+            return True
+        known = self._etags.get(text)
+        if self._ctx.now() - period > self._plan.max_gap + self._plan.step:
+            self.changed |= self._etags.pop(text, None) is not None
+        elif known != found.etag:
+            self._etags[text] = found.etag
+            self.changed = True
+        return known is None or known != found.etag
+
+    def _missing(self, period: datetime, text: str) -> None:
+        if self._ctx.now() - (period + self._plan.step) <= self._plan.max_gap:
+            self._wait(text, "404: not published (yet)")
+            return
+        self._pending.pop(text, None)
+        self._add_gap(period)
+        self.changed = True
+
+    def _wait(self, text: str, reason: str) -> None:
+        known = self._pending.get(text)
+        if known is None or known.reason != reason:
+            since = known.since if known else _text(self._ctx.now())
+            self._pending[text] = Pending(since, reason)
+            self.changed = True
+
+    def _add_gap(self, period: datetime) -> None:
+        """Add to the ranges, joined where they touch: 55 missing hours are one range."""
+        step = self._plan.step
+        ranges = sorted([(_parse(a), _parse(b)) for a, b in self._gaps] + [(period, period)])
+        joined = [ranges[0]]
+        for first, last in ranges[1:]:
+            if first <= joined[-1][1] + step:
+                joined[-1] = (joined[-1][0], max(joined[-1][1], last))
+            else:
+                joined.append((first, last))
+        self._gaps = [(_text(a), _text(b)) for a, b in joined]
+
+    def bookmark(self) -> Bookmark:
+        """The bookmark as it stands now."""
+        self.changed = False
+        return Bookmark(
+            next=_text(self._next), pending=dict(self._pending), gaps=list(self._gaps), etags=dict(self._etags)
+        )
+
+    def finish(self) -> None:
+        """Raises:
+        Retryable: the server did not answer for some periods and the policy allows to ask again; or it
+            answered for none at all.
+        """
+        if not self._silent:
+            return
+        if self._ctx.attempts_left or not self._answers:
+            first = self._silent[0]
+            raise Retryable(f"no answer for {len(self._silent)} periods: {first}", delay=first.delay)
+
+
+async def _resolve(headers: Mapping[str, str] | None, ctx: Context) -> dict[str, str] | None:
+    if not headers:
+        return None
+    return {
+        name: await ctx.secret(value) if value.startswith(("env://", "secretsmanager://")) else value
+        for name, value in headers.items()
+    }
+
+
+async def _coverage(plan: _Plan, log: LogView) -> dict[str, Any]:
+    """The map that ``flowlane status`` shows."""
+    mark = await log.recall(Bookmark)
+    following = plan.start if mark is None else _parse(mark.next)
+    gaps = [] if mark is None else mark.gaps
+    pending = {} if mark is None else mark.pending
+    missing = sum(int((_parse(b) - _parse(a)) / plan.step) + 1 for a, b in gaps)
+    dead = {unit.rpartition("hour/")[2]: reason async for unit, reason in log.dead() if "/hour/" in unit}
+    loading = [unit.rpartition("hour/")[2] async for unit in log.open() if "/hour/" in unit]
+    passed = int((following - plan.start) / plan.step)
+    return {
+        "start": _text(plan.start),
+        "next": _text(following),
+        "bookmark": min([_text(following), *pending]),
+        "covered": passed - missing - len(pending) - len(dead) - len(loading),
+        "landing": loading,
+        "pending": {period: item.reason for period, item in sorted(pending.items())},
+        "missing": [list(gap) for gap in gaps],
+        "dead": dead,
+    }
+
+
+def _moment(what: str, value: str | datetime) -> datetime:
+    try:
+        moment = value if isinstance(value, datetime) else datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{what}={value!r} is no time: write it as 2024-01-01T00 (UTC)") from None
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+
+
+def _text(moment: datetime) -> str:
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _parse(text: str) -> datetime:
+    return datetime.fromisoformat(text)

@@ -1,0 +1,75 @@
+"""The sweep: the lane's periodic housekeeping, which makes good what a crash or a lost message left owed.
+
+It finds its work in the log's ``open`` index, never by reading history, and may run anywhere, any number of
+times at once: all it does is repeat obligations.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import msgspec
+
+from flowlane.engine import Engine
+from flowlane.errors import Retryable
+from flowlane.events import Event
+from flowlane.ports import Commit, Publish
+from flowlane.state import progress, status
+
+#: Seconds beyond a stage's timeout after which a silent unit is queued again, where the queue cannot tell.
+MARGIN = 60.0
+_GROUP = 64
+
+
+class Swept(msgspec.Struct):
+    """What one sweep found open, queued again, and completed."""
+
+    open: int = 0
+    requeued: int = 0
+    completed: int = 0
+
+
+async def sweep(engine: Engine, lane: str) -> Swept:
+    """Queue the lane's units again that no queue holds, and complete the runs of which nothing is left.
+
+    Raises:
+        Retryable: the log is away; nothing is lost by that, the next sweep does the same.
+    """
+    swept = Swept()
+    owed: list[Publish] = []
+    try:
+        async for head in engine.backend.units(lane, "open"):
+            swept.open += 1
+            if status(head) == "closed":
+                now = progress(head)
+                for number in range(now.opened + 1):
+                    if number not in now.completed:
+                        swept.completed += await engine.complete(head.subject, number)
+            elif _is_due(engine, head):
+                handling = engine.handling_of(head)
+                if handling is not None:
+                    owed.append(Publish(head, handling.stage.queue, repeat=True))
+            if len(owed) == _GROUP:
+                swept.requeued += await _publish(engine, owed)
+                owed = []
+        swept.requeued += await _publish(engine, owed)
+    except OSError as error:
+        raise Retryable(f"sweep of {lane}: {error}") from error
+    return swept
+
+
+def _is_due(engine: Engine, head: Event) -> bool:
+    """Whether the unit has been silent for too long; embedded queues know, and drop what they still hold."""
+    if engine.backend.exact_queue:
+        return True
+    handling = engine.handling_of(head)
+    if handling is None:
+        return False
+    silence = engine.clock.now().timestamp() - datetime.fromisoformat(head.time).timestamp()
+    return silence > float(handling.stage.policy.timeout) + progress(head).delay + MARGIN
+
+
+async def _publish(engine: Engine, owed: list[Publish]) -> int:
+    if owed:
+        await engine.backend.commit([Commit(publish=owed)])
+    return len(owed)

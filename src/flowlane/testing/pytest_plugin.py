@@ -1,0 +1,1 @@
+"""The pytest plugin that flowlane installs (entry point ``pytest11``)."""

@@ -1,0 +1,377 @@
+"""The transfer: split -> batches -> writer, and object -> upload; resumable, fenced, counted.
+
+Effect before position: a batch is in the sink before the log says so, and the sink refuses to take it twice,
+so a crash anywhere costs a repetition and never a record. The log's position, not the sink's, is where
+reading resumes: batches in between are cut the same way again, counted, and found done by the sink.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import msgspec
+
+from flowlane import events
+from flowlane.deadline import Interrupted
+from flowlane.errors import BadRecord, ConfigError, Damaged, Fenced, Incomplete, Permanent, Retryable, Superseded
+from flowlane.ports import (
+    Bad,
+    Batch,
+    Body,
+    Cut,
+    Enricher,
+    Mapper,
+    ObjectInfo,
+    Record,
+    Sink,
+    Source,
+    Split,
+    Store,
+    Upload,
+    Writer,
+)
+from flowlane.state import Counts, Position, Transfer
+from flowlane.streams.inflate import Proof, prove
+
+if TYPE_CHECKING:
+    from flowlane.attempt import Attempt
+
+#: Below so many records an error budget is not yet held against a unit: one bad row in ten proves nothing.
+BUDGET_FLOOR = 1000
+
+
+class Selection:
+    """Records on their way: a source's URI, its options, and what is done to each record (``ports.Rows``)."""
+
+    def __init__(self, url: str, options: Mapping[str, Any], steps: tuple[tuple[str, Any], ...] = ()) -> None:
+        self.url = url
+        self.options = dict(options)
+        self.steps = steps
+
+    def map(self, function: Mapper) -> Selection:
+        """See ``ports.Rows``."""
+        return Selection(self.url, self.options, (*self.steps, ("map", function)))
+
+    def enrich(self, function: Enricher) -> Selection:
+        """See ``ports.Rows``."""
+        return Selection(self.url, self.options, (*self.steps, ("enrich", function)))
+
+
+# --------------------------------------------------------------------------- bytes
+
+
+async def copy(  # noqa: PLR0913  # the parameters are the promise of ``Context.copy``
+    attempt: Attempt,
+    url: str,
+    to: str,
+    verify: str,
+    headers: Mapping[str, str] | None,
+    etag: str,
+    overwrite: bool,
+) -> ObjectInfo:
+    """See ``ports.Context.copy``."""
+    if verify not in ("content", "length"):
+        raise ConfigError(f"verify={verify!r}: must be content or length")
+    name = attempt.next_name("copy")
+    state = attempt.transfer(name)
+    if state.done:
+        return ObjectInfo(to, size=state.position.offset, etag=state.etag)
+    await attempt.start()
+    source = await attempt.engine.connections.store(url)
+    target = await attempt.engine.connections.store(to)
+    owner = f"{attempt.unit}#{attempt.progress.token}"
+    resume, position = (state.upload, state.position.offset) if state.etag else ("", 0)
+    async with target.upload(to, owner=owner, resume=resume, position=position, overwrite=overwrite) as upload:
+        if upload.position != position or not position:
+            state = Transfer(high=state.high)
+        work = _Copy(attempt, name, state, upload, verify, overwrite)
+        await work.log(events.UPLOAD_OPENED)
+        return await work.run(source, url, to, headers, etag)
+
+
+class _Copy:
+    """One object on its way through one upload: every block proven, counted and checksummed as it passes."""
+
+    def __init__(  # noqa: PLR0913  # what one copy is made of
+        self, attempt: Attempt, name: str, state: Transfer, upload: Upload, verify: str, overwrite: bool
+    ) -> None:
+        self.attempt = attempt
+        self.name = name
+        self.state = state
+        self.upload = upload
+        self.verify = verify
+        self.overwrite = overwrite
+        self.offset = 0
+        self.crc = 0
+        self.logged_at = attempt.engine.clock.monotonic()
+
+    async def log(self, kind: str) -> None:
+        """Append the upload's state; moved on means further than any attempt before."""
+        position = self.state.position.offset
+        moved = position > self.state.high
+        self.state = msgspec.structs.replace(
+            self.state, upload=self.upload.id, high=max(self.state.high, position)
+        )
+        self.attempt.progress.transfers[self.name] = self.state
+        await self.attempt.record(kind, moved=moved)
+        self.logged_at = self.attempt.engine.clock.monotonic()
+
+    async def run(
+        self, source: Store, url: str, to: str, headers: Mapping[str, str] | None, etag: str
+    ) -> ObjectInfo:
+        """Move the bytes, prove them, make them visible."""
+        prover = prove(url.partition("?")[0]) if self.verify == "content" else None
+        goal = self.state.position.offset
+        self.offset = 0 if prover else goal
+        self.crc = 0 if prover else self.state.position.crc
+        pin = self.state.etag or etag
+        try:
+            async with source.read(url, start=self.offset, etag=self.state.etag or etag, headers=headers) as body:
+                self.state = msgspec.structs.replace(self.state, etag=body.info.etag)
+                if prover is None and not body.proven_length:
+                    raise Permanent(f"{url}: neither a length nor a checksum tells whether its body is whole")
+                await self._pass_on(body, prover, goal)
+            await self._prove(url, prover)
+        except Damaged:
+            await self._discard()
+            raise
+        except Superseded:
+            await self._discard()
+            if etag:
+                raise
+            raise Incomplete(f"{url} was replaced while it was being read: starting afresh") from None
+        except Retryable:
+            await self._keep()
+            raise
+        return await self._publish(to)
+
+    async def _pass_on(self, body: Body, prover: Proof | None, goal: int) -> None:
+        clock = self.attempt.engine.clock
+        rhythm = float(self.attempt.stage.policy.lease) / 3
+        async for block in body:
+            if not self.offset:
+                check_magic(body.info.url, block)
+            cut = max(0, min(goal - self.offset, len(block)))
+            if cut:  # a resumed upload holds these already; the decoder needs to see them again
+                await self._digest(block[:cut], prover)
+                if self.offset == goal and self.crc != self.state.position.crc:
+                    raise Superseded(f"{body.info.url}: the first {goal:,} bytes are not the ones read before")
+            if cut < len(block):
+                rest = block[cut:] if cut else block
+                await self._digest(rest, prover)
+                await self.upload.write(rest)
+            if self.offset <= goal:
+                continue
+            if self.attempt.near_deadline():
+                await self._keep()
+                raise Interrupted(f"{self.offset:,} bytes of {body.info.url} have landed so far")
+            if clock.monotonic() - self.logged_at > rhythm:
+                await self._keep()
+                await self.log(events.BATCH_WRITTEN)
+
+    async def _digest(self, block: bytes, prover: Proof | None) -> None:
+        if prover is None:
+            self.crc = zlib.crc32(block, self.crc)
+        else:
+            self.crc = await self.attempt.engine.clock.offload(lambda: self._decode(block, prover))
+        self.offset += len(block)
+
+    def _decode(self, block: bytes, prover: Proof) -> int:
+        prover.feed(block)
+        return zlib.crc32(block, self.crc)
+
+    async def _prove(self, url: str, prover: Proof | None) -> None:
+        if not self.offset:
+            raise Damaged(f"{url}: the body is empty")
+        if prover is not None:
+            prover.close()
+
+    async def _keep(self) -> None:
+        """What is uploaded so far survives this attempt, if the source can be pinned to go on from there."""
+        if not self.state.etag:
+            return await self._discard()
+        flushed = await self.upload.flush()
+        if flushed == self.offset:
+            self.state = msgspec.structs.replace(self.state, position=Position(self.offset, 0, self.crc))
+        self.attempt.progress.transfers[self.name] = self.state
+
+    async def _discard(self) -> None:
+        await self.upload.abort()
+        self.state = Transfer(high=self.state.high)
+        self.attempt.progress.transfers[self.name] = self.state
+
+    async def _publish(self, to: str) -> ObjectInfo:
+        if self.overwrite:
+            # Nothing in the store tells a zombie's replacement from ours: ask the log, then replace.
+            await self._keep()
+            await self.log(events.BATCH_WRITTEN)
+        elif self.attempt.lost:
+            raise Fenced(f"{to}: the lease of this attempt was lost; another one has the unit")
+        landed = await self.upload.commit()
+        moved = Counts(bytes_in=self.offset, bytes_out=self.offset)
+        progress = self.attempt.progress
+        progress.counts.add(moved)
+        progress.transfers[self.name] = Transfer(
+            position=Position(self.offset, 0, self.crc), etag=self.state.etag, done=True, counts=moved
+        )
+        return landed
+
+
+# --------------------------------------------------------------------------- records
+
+
+async def load(attempt: Attempt, rows: Selection, to: str, options: Mapping[str, Any]) -> Counts:
+    """See ``ports.Context.load``."""
+    name = attempt.next_name("load")
+    state = attempt.transfer(name)
+    if state.done:
+        return state.counts
+    await attempt.start()
+    connections = attempt.engine.connections
+    work = _Load(attempt, name, state, rows, Cut.parse(attempt.cut))
+    options = {"schema": attempt.stage.policy.schema, **options}
+    async with (
+        connections.source(rows.url, rows.options) as source,
+        connections.sink(to, options) as sink,
+        aclosing(source.splits()) as splits,
+    ):
+        number = 0
+        async for split in splits:
+            number += 1
+            if number > work.state.split:
+                await work.run(source, sink, split)
+    return await work.end()
+
+
+class _Load:
+    """The splits of one source on their way into one sink."""
+
+    def __init__(self, attempt: Attempt, name: str, state: Transfer, rows: Selection, cut: Cut) -> None:
+        self.attempt = attempt
+        self.name = name
+        self.state = state
+        self.rows = rows
+        self.cut = cut
+
+    async def run(self, source: Source, sink: Sink, split: Split) -> None:
+        """Load one split from where the log says it stands, and make its effect visible."""
+        state = self.state
+        if state.position.offset or state.position.row:
+            if state.etag != split.etag:
+                raise Superseded(f"{split.url} was replaced while it was being loaded")
+            if not split.replayable:
+                raise Permanent(
+                    f"{split.url} cannot be read in the same order twice, and {state.position.row:,} rows of it "
+                    "went out: give it a key to read by"
+                )
+        async with sink.open(split, self.attempt.ref, state.upload) as writer:
+            async with aclosing(source.read(split, state.position, self.cut)) as batches:
+                async for batch in batches:
+                    await self._write(split, writer, batch)
+            await writer.finish()
+        self.state = msgspec.structs.replace(
+            self.state, split=self.state.split + 1, position=Position(), high=0, etag="", upload=""
+        )
+        await self._log(moved=True)
+
+    async def end(self) -> Counts:
+        """All splits are in: remember it with the unit's next event."""
+        self.state = msgspec.structs.replace(self.state, done=True)
+        self.attempt.progress.transfers[self.name] = self.state
+        return self.state.counts
+
+    async def _write(self, split: Split, writer: Writer, batch: Batch) -> None:
+        went = Counts(records_in=len(batch.records) + len(batch.bad), bytes_in=batch.size)
+        bad = list(batch.bad)
+        for kind, function in self.rows.steps:
+            if kind == "map":
+                batch.records, refused = await self.attempt.engine.clock.offload(
+                    lambda f=function: apply_map(f, batch, went)  # type: ignore[misc]  # bound now, run now
+                )
+                bad += refused
+            else:
+                batch.records = await _enrich(function, batch.records)
+        refused_by_sink = await writer.write(batch)
+        bad += refused_by_sink
+        went.records_out = len(batch.records) - len(refused_by_sink)
+        went.quarantined = len(bad)
+        if bad:
+            await self.attempt.engine.quarantine(self.attempt, split, batch.start, bad)
+        counts = self.attempt.progress.counts
+        counts.add(went)
+        total = msgspec.structs.replace(self.state.counts)
+        total.add(went)
+        self.state = msgspec.structs.replace(
+            self.state,
+            position=batch.end,
+            high=max(self.state.high, batch.end.offset),
+            etag=split.etag,
+            upload=getattr(writer, "resume", ""),
+            counts=total,
+        )
+        await self._log(moved=True)
+        self._check_budget(counts)
+        if self.attempt.near_deadline():
+            raise Interrupted(f"{batch.end.row:,} rows of {split.url} are loaded so far")
+
+    async def _log(self, *, moved: bool) -> None:
+        self.attempt.progress.transfers[self.name] = self.state
+        await self.attempt.record(events.BATCH_WRITTEN, moved=moved)
+
+    def _check_budget(self, counts: Counts) -> None:
+        budget = self.attempt.stage.policy.error_budget
+        if counts.records_in >= BUDGET_FLOOR and counts.quarantined > budget * counts.records_in:
+            raise Permanent(
+                f"{counts.quarantined:,} of {counts.records_in:,} records are bad, more than the error budget of "
+                f"{budget:.2%}: see the quarantine, fix the source or the map, then redrive"
+            )
+
+
+def apply_map(function: Mapper, batch: Batch, went: Counts) -> tuple[list[Record], list[Bad]]:
+    """Each record through `function`; skipped and expanded ones counted in `went`, bad ones returned."""
+    kept: list[Record] = []
+    bad: list[Bad] = []
+    for number, record in enumerate(batch.records):
+        try:
+            result = function(record)
+        except BadRecord as error:
+            bad.append(Bad(batch.start.row + number, str(error), repr(record)[:1000]))
+            continue
+        if result is None:
+            went.skipped += 1
+        elif isinstance(result, dict):
+            kept.append(result)
+        elif isinstance(result, list):
+            went.expanded += len(result) - 1 if result else 0
+            went.skipped += 0 if result else 1
+            kept.extend(result)
+        else:
+            raise Permanent(f"map returned {type(result).__name__}: return a record, a list of records, or None")
+    return kept, bad
+
+
+async def _enrich(function: Enricher, records: list[Record]) -> list[Record]:
+    result = await function(records)
+    if len(result) != len(records):
+        raise Permanent("enrich must return as many records as it was given, in the same order")
+    return result
+
+
+def check_magic(url: str, block: bytes) -> None:
+    """Raises:
+    Damaged: the body does not begin as a file of its name's kind does (an error page, say).
+    """
+    path = url.partition("?")[0]
+    for suffix, magic in ((".gz", b"\x1f\x8b"), (".zst", b"\x28\xb5\x2f\xfd"), (".zip", b"PK")):
+        if path.endswith(suffix) and not block.startswith(magic):
+            raise Damaged(f"{url} is not a {suffix} file: it begins with {bytes(block[:40])!r}")
+
+
+def quarantine_url(folder: str, attempt: Attempt, split: Split, start: Position) -> str:
+    """Where the bad records of one batch go: the same place however often the batch is repeated."""
+    unit = quote(attempt.unit, safe="")[:180]
+    return f"{folder.rstrip('/')}/{attempt.lane}/{unit}/{quote(split.id, safe='')[:120]}-{start.row:012d}.jsonl"

@@ -1,0 +1,142 @@
+"""The worker: one process that runs lanes, until a run is drained or until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from flowlane.compose import Application
+from flowlane.deadline import Deadline
+from flowlane.errors import Retryable
+from flowlane.lane import Lane, duration
+from flowlane.pump import Pump
+from flowlane.report import Report
+from flowlane.state import progress, status
+from flowlane.sweep import sweep
+
+logger = logging.getLogger("flowlane")
+
+#: Seconds that SIGTERM leaves to running attempts: to reach a safe point in the first half, to commit in the rest.
+GRACE = 20.0
+_SWEEP_EVERY = 15.0
+_DEAD_LISTED = 1000
+
+
+async def run_once(
+    app: Application, lane: Lane, *, slot: str = "", event: Any = None, deadline: Deadline | None = None
+) -> Report:
+    """Trigger `lane` once and drain: its own run, and runs that an earlier process left open.
+
+    Returns when every unit of them has ended (retries included) or the deadline is near.
+    """
+    clock = app.clock
+    began = clock.monotonic()
+    slot = slot or f"{app.engine.stamp()}-{clock.token()[:6]}"
+    left = {head.run async for head in app.backend.units(lane.name, "open") if head.run}
+    run, _ = await app.engine.trigger(lane.name, slot, by="run" if event is None else "event", event=event)
+    deadline = deadline or Deadline()
+    async with Pump(app.engine, deadline) as pump, _housekeeping(app, [lane]):
+        await pump.until(_drained(app, lane, {run, *left}))
+    report = await report_of(app, lane, run)
+    report.seconds = round(clock.monotonic() - began, 3)
+    return report
+
+
+async def _drained(app: Application, lane: Lane, runs: set[str]) -> None:
+    while True:
+        moved = app.engine.moved
+        heads = await app.backend.last(sorted(runs))
+        if all(status(head) in ("settled", "dead") for head in heads.values()):
+            owed = [head async for head in app.backend.units(lane.name, "open") if head.run in runs]
+            if not owed:
+                return
+        try:
+            async with asyncio.timeout(0.25):
+                await moved.wait()
+        except TimeoutError:
+            continue
+
+
+async def report_of(app: Application, lane: Lane, run: str) -> Report:
+    """What the run of that stream has come to, with its dead units."""
+    head = (await app.backend.last([run]))[run]
+    report = await app.engine.report(head)
+    async for dead in app.backend.units(lane.name, "dead"):
+        if dead.run == run and dead.subject != run and len(report.dead) < _DEAD_LISTED:
+            report.dead.append({"unit": dead.subject, "reason": progress(dead).reason})
+    return report
+
+
+async def serve(app: Application, stop: asyncio.Event, deadline: Deadline) -> None:
+    """Run the lanes until `stop`: fire their schedules, sweep, and handle deliveries.
+
+    Once stopped, nothing new is taken; what runs reaches its next safe point or is cut off at the deadline,
+    which the caller moves close.
+    """
+    async with asyncio.TaskGroup() as tasks:
+        schedules = [tasks.create_task(_schedule(app, lane)) for lane in app.lanes if lane.every is not None]
+        try:
+            async with Pump(app.engine, deadline) as pump, _housekeeping(app, app.lanes):
+                await pump.until(_stopped(stop))
+        finally:
+            for schedule in schedules:
+                schedule.cancel()
+
+
+async def _stopped(stop: asyncio.Event) -> None:
+    await stop.wait()
+
+
+async def _schedule(app: Application, lane: Lane) -> None:
+    """Open the run of every slot, from the current one on; whoever comes second finds it open."""
+    every = duration(lane.every or 0)
+    while True:
+        now = app.clock.now().timestamp()
+        due = now - now % every
+        slot = datetime.fromtimestamp(due, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        try:
+            await app.engine.trigger(lane.name, slot, by="schedule")
+        except Retryable as error:
+            logger.warning("lane %s: slot %s not opened yet: %s", lane.name, slot, error)
+            await app.clock.sleep(1 + app.clock.random())
+            continue
+        await app.clock.sleep(max(0.0, due + every - app.clock.now().timestamp()) + 0.001)
+
+
+@asynccontextmanager
+async def _housekeeping(app: Application, lanes: list[Lane]) -> AsyncIterator[None]:
+    """Sweep `lanes` at once and then periodically, while the context is open."""
+
+    async def forever() -> None:
+        while True:
+            for lane in lanes:
+                try:
+                    await sweep(app.engine, lane.name)
+                except Retryable as error:
+                    logger.warning("%s", error)
+            leases = [float(stage.policy.lease) for lane in lanes for stage in lane.stages]
+            await app.clock.sleep(min([_SWEEP_EVERY, *leases]) * (0.75 + app.clock.random() / 2))
+
+    async with asyncio.TaskGroup() as tasks:
+        sweeping = tasks.create_task(forever(), name="flowlane-sweep")
+        try:
+            yield
+        finally:
+            sweeping.cancel()
+
+
+def stop_on_signals(loop: asyncio.AbstractEventLoop, app_clock: Callable[[], float], stop: asyncio.Event, deadline: Deadline) -> None:
+    """SIGTERM and SIGINT set `stop` and leave ``GRACE`` seconds; a second one leaves none."""
+
+    def told() -> None:
+        deadline.margin = GRACE
+        deadline.at = app_clock() + (0 if stop.is_set() else GRACE)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told)
