@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 #: Children registered by one commit; with its own event, facts and tallies it stays below MAX_ACTIONS.
 CHUNK = 64
+#: Seconds that a unit found may wait for others to be registered with.
+PATIENCE = 1.0
 _MAX_STEP_RESULT = 64 * 1024
 Terminal = Literal["unit.settled", "unit.skipped", "unit.superseded", "unit.dead"]
 
@@ -46,12 +48,12 @@ class Attempt:
     """One handling of one delivery; the handler sees it as its ``Context``."""
 
     __slots__ = (
-        "_began_at",
         "_children",
         "_facts",
         "_known",
         "_ordinal",
         "_progress",
+        "_waiting_since",
         "deadline",
         "delivery",
         "engine",
@@ -60,6 +62,7 @@ class Attempt:
         "handling",
         "kind",
         "lost",
+        "moved",
         "origin",
         "outcome",
         "stage",
@@ -67,7 +70,9 @@ class Attempt:
         "version",
     )
 
-    def __init__(self, engine: Engine, handling: Handling, delivery: Delivery, origin: Event, deadline: Deadline) -> None:
+    def __init__(
+        self, engine: Engine, handling: Handling, delivery: Delivery, origin: Event, deadline: Deadline
+    ) -> None:
         self.engine = engine
         self.handling = handling
         self.stage: Stage = handling.stage
@@ -78,6 +83,7 @@ class Attempt:
         self.deadline = deadline
         self.started = False
         self.lost = False
+        self.moved = False
         self.kind: Terminal = "unit.settled"
         self.final: Event | None = None
         self.outcome = ""
@@ -86,7 +92,7 @@ class Attempt:
         self._facts: dict[str, tuple[int, Event]] = {}
         self._known: dict[str, int] = {}
         self._ordinal = 0
-        self._began_at = 0.0
+        self._waiting_since = 0.0
 
     # ------------------------------------------------------------------ what it stands for
 
@@ -162,9 +168,14 @@ class Attempt:
             Fenced: another attempt has taken the unit over: have no further effect.
         """
         if moved:
-            self.progress.attempt = 0
-            self.progress.hops = 0
+            self.note_move()
         await self._append(kind)
+
+    def note_move(self) -> None:
+        """The unit is further than it has ever been: its budgets of attempts and continuations begin anew."""
+        self.moved = True
+        self.progress.attempt = 0
+        self.progress.hops = 0
 
     async def _append(self, kind: str) -> None:
         if self.lost:
@@ -188,8 +199,13 @@ class Attempt:
         elif isinstance(item, Unit):
             self._add_child(item)
         else:
-            raise Permanent(f"stage {self.stage.name} yielded {item!r:.80}: yield units (or facts), nothing else")
-        if len(self._children) >= CHUNK:
+            raise Permanent(
+                f"stage {self.stage.name} yielded {item!r:.80}: yield units (or facts), nothing else"
+            )
+        now = self.engine.clock.monotonic()
+        if not self._waiting_since:
+            self._waiting_since = now
+        if len(self._children) + len(self._facts) >= CHUNK or now - self._waiting_since > PATIENCE:
             await self.flush()
 
     def _add_child(self, unit: Unit) -> None:
@@ -258,8 +274,7 @@ class Attempt:
         self.version += 1
         self._forget()
         if moved:
-            self.progress.attempt = 0
-            self.progress.hops = 0
+            self.note_move()
 
     def _forget(self) -> None:
         for stream, (expected, _) in self._facts.items():
@@ -268,6 +283,7 @@ class Attempt:
             self._known.pop(child.subject, None)
         self._children = []
         self._facts = {}
+        self._waiting_since = 0.0
 
     def drop_known(self, conflict: VersionConflict) -> None:
         """Leave out the children that exist already, so that the rest can be committed.
@@ -280,7 +296,9 @@ class Attempt:
             raise conflict
         self._children = left
 
-    def _commit(self, own: Event, tally: Sequence[Tally], *, ack: Delivery | None = None, again: float = -1.0) -> Commit:
+    def _commit(
+        self, own: Event, tally: Sequence[Tally], *, ack: Delivery | None = None, again: float = -1.0
+    ) -> Commit:
         appends = [Append(self.unit, self.version, (own,))]
         publish = []
         tallies = list(tally)
@@ -291,7 +309,9 @@ class Attempt:
                 publish.append(Publish(child, stage.queue))
                 if stage.counted:
                     found[stage.name] = found.get(stage.name, 0) + 1
-            appends.extend(Append(stream, expected, (event,)) for stream, (expected, event) in self._facts.items())
+            appends.extend(
+                Append(stream, expected, (event,)) for stream, (expected, event) in self._facts.items()
+            )
             tallies.extend(Tally(own.run, own.round, stage, found=n) for stage, n in found.items())
         if again >= 0:
             publish.append(Publish(own, self.stage.queue, again))
@@ -410,7 +430,7 @@ class Attempt:
             raise ConfigError(f"load takes what ctx.rows() gives, not {rows!r:.60}")
         return await load(self, rows, to, options)
 
-    async def copy(  # noqa: PLR0913  # the parameters are the promise of the port
+    async def copy(  # the parameters are the promise of the port
         self,
         url: str,
         *,
@@ -434,9 +454,13 @@ class Attempt:
         try:
             size = len(events.encode_data(result))
         except (TypeError, msgspec.EncodeError) as error:
-            raise Permanent(f"step {name!r} returned what JSON cannot hold ({error}): return plain values") from None
+            raise Permanent(
+                f"step {name!r} returned what JSON cannot hold ({error}): return plain values"
+            ) from None
         if size > _MAX_STEP_RESULT:
-            raise Permanent(f"step {name!r} returned {size:,} bytes, the limit is {_MAX_STEP_RESULT:,}: store it, return its URL")
+            raise Permanent(
+                f"step {name!r} returned {size:,} bytes, the limit is {_MAX_STEP_RESULT:,}: store it, return its URL"
+            )
         steps[name] = msgspec.to_builtins(result)
         await self.record(events.STEP_DONE, moved=True)
         return steps[name]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -36,47 +37,46 @@ class Committer:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._work: deque[tuple[Commit, Attempt | asyncio.Future[Committed | VersionConflict]]] = deque()
-        self._open_ends: asyncio.Queue[tuple[Commit, Attempt, Answer] | None] | None = None
+        self._open_ends: asyncio.Queue[tuple[Commit, Attempt, Answer] | None] = asyncio.Queue()
+        self._unresolved = 0
         self._wake: asyncio.Future[None] | None = None
         self._closing = False
-        self._tasks: asyncio.TaskGroup | None = None
+        self._open = False
+        self._stack = AsyncExitStack()
         self.on_settled: Callable[[Attempt], None] = lambda attempt: None
 
     async def __aenter__(self) -> Committer:
-        self._closing = False
-        self._open_ends = asyncio.Queue()
-        self._tasks = await asyncio.TaskGroup().__aenter__()
-        self._tasks.create_task(self._run(), name="flowlane-committer")
-        for _ in range(_RESOLVERS):
-            self._tasks.create_task(self._resolve(self._open_ends), name="flowlane-resolver")
+        await self._stack.enter_async_context(self._opened())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        tasks, ends = self._tasks, self._open_ends
-        assert tasks is not None and ends is not None
+    ) -> bool | None:
+        return await self._stack.__aexit__(kind, error, trace)
+
+    @asynccontextmanager
+    async def _opened(self) -> AsyncIterator[None]:
+        self._closing = False
         try:
-            if kind is None:
-                await self.drain()
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._run(), name="flowlane-committer")
                 for _ in range(_RESOLVERS):
-                    ends.put_nowait(None)
-            self._closing = True
-            self._kick()
+                    tasks.create_task(self._resolve(), name="flowlane-resolver")
+                self._open = True
+                yield
+                await self.drain()
+                self._closing = True
+                self._kick()
+                for _ in range(_RESOLVERS):
+                    self._open_ends.put_nowait(None)
         finally:
-            self._tasks = None
-            await tasks.__aexit__(kind, error, trace)
+            self._open = False
 
     async def drain(self) -> None:
         """Return once everything handed in is committed and resolved."""
-        assert self._open_ends is not None
-        while self._work or self._open_ends._unfinished_tasks:  # type: ignore[attr-defined]  # no public count
-            await self.commit_nothing()
+        while self._work or self._unresolved:
+            await self.commit(Commit())
             await self._open_ends.join()
-
-    async def commit_nothing(self) -> None:
-        """Return once all that was handed in so far has been answered."""
-        await self.commit(Commit())
 
     def submit(self, commit: Commit, attempt: Attempt) -> None:
         """Hand in an attempt's last commit."""
@@ -86,8 +86,12 @@ class Committer:
 
     async def commit(self, commit: Commit) -> Committed | VersionConflict:
         """Commit and wait for the answer; raises what the backend raised: then it is unknown."""
-        if self._tasks is None:
-            return (await self._engine.backend.commit([commit]))[0] if commit.appends or commit.publish else Committed()
+        if not self._open:
+            return (
+                (await self._engine.backend.commit([commit]))[0]
+                if commit.appends or commit.publish
+                else Committed()
+            )
         answer: asyncio.Future[Committed | VersionConflict] = asyncio.get_running_loop().create_future()
         self._work.append((commit, answer))
         self._kick()
@@ -118,9 +122,10 @@ class Committer:
             self._hand_out(group, answers)
 
     def _hand_out(
-        self, group: list[tuple[Commit, Attempt | asyncio.Future[Committed | VersionConflict]]], answers: list[Answer]
+        self,
+        group: list[tuple[Commit, Attempt | asyncio.Future[Committed | VersionConflict]]],
+        answers: list[Answer],
     ) -> None:
-        assert self._open_ends is not None
         for (commit, who), answer in zip(group, answers, strict=True):
             if isinstance(who, asyncio.Future):
                 if who.done():
@@ -132,13 +137,16 @@ class Committer:
             elif type(answer) is Committed and answer.tally is not None and not answer.tally:
                 self.on_settled(who)
             else:
+                self._unresolved += 1
                 self._open_ends.put_nowait((commit, who, answer))
 
-    async def _resolve(self, ends: asyncio.Queue[tuple[Commit, Attempt, Answer] | None]) -> None:
-        while (work := await ends.get()) is not None:
+    async def _resolve(self) -> None:
+        while (work := await self._open_ends.get()) is not None:
+            commit, attempt, answer = work
             try:
-                commit, attempt, answer = work
                 await self._engine.resolve(commit, attempt, answer)
                 self.on_settled(attempt)
             finally:
-                ends.task_done()
+                self._unresolved -= 1
+                self._open_ends.task_done()
+        self._open_ends.task_done()

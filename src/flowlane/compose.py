@@ -25,7 +25,9 @@ from flowlane.settings import Settings
 class OpenConnections:
     """Opens what lanes name by URI, once per URI and options, and closes all of it in the end."""
 
-    def __init__(self, registry: Registry, clock: Clock, stack: AsyncExitStack, *, allow_private: bool) -> None:
+    def __init__(
+        self, registry: Registry, clock: Clock, stack: AsyncExitStack, *, allow_private: bool
+    ) -> None:
         self._registry = registry
         self._stack = stack
         self._opened: dict[tuple[str, str, str], Any] = {}
@@ -130,7 +132,9 @@ async def open_application(
         used = backend
         if used is None:
             plain, options = registry.split("backend", settings.backend)
-            used = await stack.enter_async_context(registry.open("backend", plain, connections.environment, options))
+            used = await stack.enter_async_context(
+                registry.open("backend", plain, connections.environment, options)
+            )
         assert used is not None
         engine = Engine(lanes, used, connections, clock, quarantine=_quarantine(settings))
         yield Application(lanes, settings, registry, used, engine)
@@ -157,7 +161,11 @@ def load_lane(reference: str) -> Lane:
     lane = getattr(module, name, None)
     if not isinstance(lane, Lane):
         lanes = [key for key, value in vars(module).items() if isinstance(value, Lane)]
-        hint = f"it has {', '.join(lanes)}: write {place}:{lanes[0]}" if lanes else "define lane = Lane(...) there"
+        hint = (
+            f"it has {', '.join(lanes)}: write {place}:{lanes[0]}"
+            if lanes
+            else "define lane = Lane(...) there"
+        )
         raise ConfigError(f"{place} has no lane called {name!r}: {hint}")
     lane.check()
     return lane
@@ -165,7 +173,9 @@ def load_lane(reference: str) -> Lane:
 
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise ConfigError(f"there is no lane file {path}: give path/to/file.py[:name] or package.module[:name]")
+        raise ConfigError(
+            f"there is no lane file {path}: give path/to/file.py[:name] or package.module[:name]"
+        )
     spec = spec_from_file_location(f"flowlane_lane_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)

@@ -202,7 +202,7 @@ class Engine:
                 return await self.committer.commit(commit)
             except Permanent:
                 raise
-            except Exception as error:  # noqa: BLE001  # whatever the backend raised, the log knows the truth
+            except Exception as error:  # whatever the backend raised, the log knows the truth
                 known = await self._look_up(own)
                 if known is not None:
                     return known
@@ -271,7 +271,9 @@ class Engine:
         """Count the attempt before it begins, since the last one may have killed its process."""
         allowed = attempt.stage.policy.retries + 1
         if attempt.progress.attempt >= allowed:
-            reason = attempt.progress.reason or "the process died, ran out of memory or lost its lease each time"
+            reason = (
+                attempt.progress.reason or "the process died, ran out of memory or lost its lease each time"
+            )
             return attempt.conclude("unit.dead", f"{allowed} attempts did not finish: {reason}")
         await attempt.start()
         return None
@@ -339,7 +341,7 @@ class Engine:
             return await self.conflict(attempt.delivery)
         commit: Commit
         if isinstance(error, Interrupted):
-            now.hops += 1
+            now.hops = 0 if attempt.moved else now.hops + 1
             if now.hops > policy.hops:
                 commit = self._dead(attempt, f"no progress in {policy.hops} continuations in a row: {error}")
             else:
@@ -390,7 +392,9 @@ class Engine:
         await delivery.nack(delay=stage.policy.delay(1, self.clock.random()))
         return "conflict"
 
-    async def resolve(self, commit: Commit, attempt: Attempt, result: Committed | VersionConflict | BaseException) -> None:
+    async def resolve(
+        self, commit: Commit, attempt: Attempt, result: Committed | VersionConflict | BaseException
+    ) -> None:
         """See a last commit through that did not simply succeed, and do what a success owes."""
         try:
             while isinstance(result, VersionConflict):
@@ -510,7 +514,9 @@ class Engine:
         url = quarantine_url(folder, attempt, split, start)
         store = await self.connections.store(url)
         lines = b"".join(
-            events.encode_data({"unit": attempt.unit, "url": split.url, "row": b.row, "reason": b.reason, "raw": b.raw})
+            events.encode_data(
+                {"unit": attempt.unit, "url": split.url, "row": b.row, "reason": b.reason, "raw": b.raw}
+            )
             + b"\n"
             for b in bad
         )

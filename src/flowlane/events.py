@@ -111,7 +111,9 @@ def decode(raw: bytes | str) -> Event:
 Upcaster = Callable[[Any], Any]
 
 
-def upcast(raw: msgspec.Raw, schema: int, current: int, upcasters: dict[int, Upcaster], what: str) -> msgspec.Raw:
+def upcast(
+    raw: msgspec.Raw, schema: int, current: int, upcasters: dict[int, Upcaster], what: str
+) -> msgspec.Raw:
     """The payload `raw`, written under `schema`, as the `current` schema has it.
 
     Each upcaster is pure and takes a decoded payload of version n to n + 1.
@@ -131,6 +133,8 @@ def upcast(raw: msgspec.Raw, schema: int, current: int, upcasters: dict[int, Upc
         try:
             step = upcasters[n]
         except KeyError:
-            raise ConfigError(f"{what} has no upcaster from schema {n} to {n + 1}: add one to its class") from None
+            raise ConfigError(
+                f"{what} has no upcaster from schema {n} to {n + 1}: add one to its class"
+            ) from None
         value = step(value)
     return msgspec.Raw(_encoder.encode(value))

@@ -38,7 +38,9 @@ def duration(text: str | float) -> float:
     else:
         parts = _DURATION.findall(str(text))
         if not parts or "".join(n + unit for n, unit in parts) != text:
-            raise ConfigError(f"{text!r} is not a duration: write a number and a unit, such as 30s, 5m, 1h or 7d")
+            raise ConfigError(
+                f"{text!r} is not a duration: write a number and a unit, such as 30s, 5m, 1h or 7d"
+            )
         seconds = sum(float(n) * _SECONDS[unit] for n, unit in parts)
     if not 0 < seconds < float("inf"):
         raise ConfigError(f"{text!r} is not a duration: it must be more than nothing")
@@ -53,7 +55,7 @@ def kebab(name: str) -> str:
 class _UnitMeta(msgspec.StructMeta):
     """Lets ``class OrdersFound(Unit, key=("url", "etag"))`` be written on one line."""
 
-    def __new__(  # noqa: PLR0913  # the keywords of a class statement are its whole interface
+    def __new__(  # the keywords of a class statement are its whole interface
         mcls,
         name: str,
         bases: tuple[type, ...],
@@ -82,9 +84,13 @@ def _check_unit(cls: Any) -> None:
     names = {f.name for f in msgspec.structs.fields(cls)}
     missing = [k for k in cls.unit_key if k not in names]
     if missing:
-        raise ConfigError(f"unit {cls.__name__} has no field {missing[0]!r} for its key: name existing fields in key=")
+        raise ConfigError(
+            f"unit {cls.__name__} has no field {missing[0]!r} for its key: name existing fields in key="
+        )
     if not _NAME.fullmatch(cls.unit_type):
-        raise ConfigError(f"unit {cls.__name__} has the type {cls.unit_type!r}: use lower case, digits and dashes")
+        raise ConfigError(
+            f"unit {cls.__name__} has the type {cls.unit_type!r}: use lower case, digits and dashes"
+        )
 
 
 class Unit(msgspec.Struct, metaclass=_UnitMeta):
@@ -120,7 +126,9 @@ def stream_of(lane: str, unit: Unit) -> str:
         Permanent: a key's value is not text, a whole number, a boolean or a moment.
     """
     if not unit.unit_key:
-        raise ConfigError(f"unit {type(unit).__name__} has no key: declare it as class {type(unit).__name__}(Unit, key=...)")
+        raise ConfigError(
+            f"unit {type(unit).__name__} has no key: declare it as class {type(unit).__name__}(Unit, key=...)"
+        )
     parts = [_key_part(unit, name) for name in unit.unit_key]
     stream = f"{lane}/{unit.unit_type}/{'@'.join(parts)}"
     if len(stream) > _MAX_STREAM:
@@ -137,7 +145,9 @@ def _key_part(unit: Unit, name: str) -> str:
         return events_time(value)
     if isinstance(value, date | int):
         return str(value)
-    raise Permanent(f"unit {type(unit).__name__} has {type(value).__name__} in its key field {name!r}: use text or numbers")
+    raise Permanent(
+        f"unit {type(unit).__name__} has {type(value).__name__} in its key field {name!r}: use text or numbers"
+    )
 
 
 def events_time(moment: datetime) -> str:
@@ -204,7 +214,9 @@ class Policy:
     quarantine: str | None = None  #: URI of the folder for bad records; beside the backend by default
     notify: str | None = None  #: URI of a notifier, told of every completed or failed run
     schema: Literal["evolve", "freeze", "quarantine"] = "evolve"  #: what new columns do
-    backoff: float | str = 1.0  #: the first retry waits a random time up to this, doubled with each further one
+    backoff: float | str = (
+        1.0  #: the first retry waits a random time up to this, doubled with each further one
+    )
     backoff_cap: float | str = 60.0  #: and never longer than this
     lease: float | str = 30.0  #: a delivery whose worker has fallen silent for so long is handed out again
     hops: int = 3  #: continuations in a row that may pass without the unit moving on
@@ -214,7 +226,13 @@ class Policy:
     def __post_init__(self) -> None:
         for name in ("timeout", "backoff", "backoff_cap", "lease"):
             object.__setattr__(self, name, duration(getattr(self, name)))
-        for name, least in (("concurrency", 1), ("retries", 0), ("hops", 1), ("batch", 1), ("batch_bytes", 1)):
+        for name, least in (
+            ("concurrency", 1),
+            ("retries", 0),
+            ("hops", 1),
+            ("batch", 1),
+            ("batch_bytes", 1),
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"policy {name}={value!r}: must be a whole number of at least {least}")
@@ -306,12 +324,16 @@ class Lane:
         """
         unit: Any = _OWN.get(on) if isinstance(on, str) else on
         if unit is None or not (isinstance(unit, type) and issubclass(unit, Unit)) or issubclass(unit, Fact):
-            raise ConfigError(f"lane {self.name}: a stage is subscribed to a Unit class or to lane.triggered, not {on!r}")
+            raise ConfigError(
+                f"lane {self.name}: a stage is subscribed to a Unit class or to lane.triggered, not {on!r}"
+            )
         kind = on if isinstance(on, str) else unit.unit_type
         known = {f.name for f in fields(Policy)}
         unknown = sorted(set(policy) - known)
         if unknown:
-            raise ConfigError(f"lane {self.name}: no policy {unknown[0]!r}; known: {', '.join(sorted(known))}")
+            raise ConfigError(
+                f"lane {self.name}: no policy {unknown[0]!r}; known: {', '.join(sorted(known))}"
+            )
 
         def register(handler: H) -> H:
             stage = Stage(

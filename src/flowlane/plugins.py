@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from importlib.metadata import entry_points
-
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
@@ -90,9 +89,13 @@ class Registry:
             raise PluginError(f"plugin {name!r} failed to say what it provides: {error}") from error
         for item in answers:
             if not isinstance(item, Provides):
-                raise PluginError(f"plugin {name!r} provides {item!r}, which is no Provides(kind, scheme, path)")
+                raise PluginError(
+                    f"plugin {name!r} provides {item!r}, which is no Provides(kind, scheme, path)"
+                )
             if item.api != API:
-                raise PluginError(f"plugin {name!r} is made for hooks of version {item.api}, these are {API}: upgrade it")
+                raise PluginError(
+                    f"plugin {name!r} is made for hooks of version {item.api}, these are {API}: upgrade it"
+                )
             key = (item.kind, item.scheme)
             if key in self._table:
                 raise PluginError(
@@ -158,7 +161,9 @@ class Registry:
         found = self._table.get((kind, scheme)) if separator else None
         if found is None:
             what = f"scheme {scheme!r}" if separator else "no scheme"
-            raise ConfigError(f"{redact(uri)!r} has {what}: as {kind}, flowlane opens {', '.join(self.schemes(kind))}")
+            raise ConfigError(
+                f"{redact(uri)!r} has {what}: as {kind}, flowlane opens {', '.join(self.schemes(kind))}"
+            )
         return found
 
     def _factory(self, item: Provides, name: str) -> Callable[..., AbstractAsyncContextManager[Any]]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from types import TracebackType
 
 from flowlane.attempt import Attempt
@@ -92,42 +93,43 @@ class Pump:
         self._keep_outcomes = not receiving
         self._receiving = receiving
         self._stations = {queue: _Station(handling) for queue, handling in engine.queues.items()}
-        self._tasks: asyncio.TaskGroup | None = None
-        self._side: list[asyncio.Task[None]] = []
+        self._stack = AsyncExitStack()
+        self._receivers: list[asyncio.Task[None]] = []
         self._slots: list[asyncio.Task[None]] = []
         self._closing = False
-        self._empty: asyncio.Future[None] | None = None
 
     async def __aenter__(self) -> Pump:
-        await self.engine.committer.__aenter__()
-        self.engine.committer.on_settled = self._on_settled
-        self._tasks = await asyncio.TaskGroup().__aenter__()
-        for station in self._stations.values():
-            for slot in station.slots:
-                slot.task = self._tasks.create_task(self._work(station, slot), name=f"slot {station.queue}")
-                self._slots.append(slot.task)
-            if self._receiving:
-                self._side.append(self._tasks.create_task(self._receive(station), name=f"receive {station.queue}"))
-        self._side.append(self._tasks.create_task(self._watch(), name="flowlane-watch"))
+        await self._stack.enter_async_context(self._open())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        tasks = self._tasks
-        assert tasks is not None
-        try:
-            if kind is None:
+    ) -> bool | None:
+        return await self._stack.__aexit__(kind, error, trace)
+
+    @asynccontextmanager
+    async def _open(self) -> AsyncIterator[None]:
+        committer = self.engine.committer
+        committer.on_settled = self._on_settled
+        async with committer, asyncio.TaskGroup() as tasks:
+            for station in self._stations.values():
+                for slot in station.slots:
+                    slot.task = tasks.create_task(self._work(station, slot), name=f"slot {station.queue}")
+                    self._slots.append(slot.task)
+                if self._receiving:
+                    receive = self._receive(station)
+                    self._receivers.append(tasks.create_task(receive, name=f"receive {station.queue}"))
+            watch = tasks.create_task(self._watch(), name="flowlane-watch")
+            try:
+                yield
                 await self._close()
-        finally:
-            for task in self._side:
-                task.cancel()
-            await tasks.__aexit__(kind, error, trace)
-            await self.engine.committer.__aexit__(kind, error, trace)
+            finally:
+                for task in (watch, *self._receivers):
+                    task.cancel()
 
     async def _close(self) -> None:
         self._closing = True
-        for task in self._side[:-1]:  # the receivers; the watch goes on until the slots are done
+        for task in self._receivers:
             task.cancel()
         for station in self._stations.values():
             while station.buffer and self._receiving:
@@ -179,7 +181,9 @@ class Pump:
                     station.room = None
                 continue
             try:
-                got = await self.engine.backend.receive([station.queue], room, lease=station.lease, wait=_POLL)
+                got = await self.engine.backend.receive(
+                    [station.queue], room, lease=station.lease, wait=_POLL
+                )
             except Exception:  # noqa: BLE001  # the queue is away: wait, with jitter, and ask again
                 failures += 1
                 await clock.sleep(min(30.0, 0.1 * 2**failures) * (0.5 + clock.random() / 2))
@@ -203,10 +207,16 @@ class Pump:
                 await waiting
                 continue
             delivery = buffer.popleft()
-            slot.delivery = delivery
             slot.began = clock.monotonic()
+            if self.deadline.near(slot.began):
+                await delivery.nack()
+                self._ended(delivery, "released")
+                continue
+            slot.delivery = delivery
             try:
                 result = await self.engine.process(delivery, self.deadline, slot)
+                if slot.why is not None:
+                    await self._absorb(slot)
             except asyncio.CancelledError:
                 result = await self._interrupted(slot, delivery)
             slot.delivery = None
@@ -229,6 +239,15 @@ class Pump:
         except Exception:  # noqa: BLE001  # the log is away; the lease will run out
             return "released"
 
+    async def _absorb(self, slot: Slot) -> None:
+        """Take the cancellation that came when the attempt had just ended: it is not meant for the next."""
+        assert slot.task is not None
+        with suppress(asyncio.CancelledError):
+            await self.engine.clock.sleep(0)
+        slot.why = None
+        if slot.task.uncancel() > 0:
+            raise asyncio.CancelledError
+
     def _on_settled(self, attempt: Attempt) -> None:
         self._ended(attempt.delivery, attempt.outcome)  # type: ignore[arg-type]  # set from Outcome's values
 
@@ -241,7 +260,13 @@ class Pump:
 
     async def _watch(self) -> None:
         clock = self.engine.clock
-        tick = min([1.0, *(s.lease / 4 for s in self._stations.values()), *(s.timeout / 4 for s in self._stations.values())])
+        tick = min(
+            [
+                1.0,
+                *(s.lease / 4 for s in self._stations.values()),
+                *(s.timeout / 4 for s in self._stations.values()),
+            ]
+        )
         last = clock.monotonic()
         while True:
             await clock.sleep(tick)
@@ -262,13 +287,21 @@ class Pump:
             if over:
                 slot.interrupt(Interrupted("the process had to end before the stage reached a safe point"))
             elif now - slot.began > station.timeout:
-                slot.interrupt(Retryable(f"the attempt took longer than its timeout of {station.timeout:g} s"))
+                slot.interrupt(
+                    Retryable(f"the attempt took longer than its timeout of {station.timeout:g} s")
+                )
 
     async def _keep_leases(self, station: _Station, now: float) -> None:
         due = [(key, d) for key, (d, since) in station.held.items() if now - since >= station.lease / 3]
         if not due:
             return
-        answers = await asyncio.gather(*(d.extend(station.lease) for _, d in due), return_exceptions=True)
+        try:
+            async with asyncio.timeout(station.lease / 3):
+                answers = await asyncio.gather(
+                    *(d.extend(station.lease) for _, d in due), return_exceptions=True
+                )
+        except TimeoutError:
+            return  # asked again at the next tick; a lease that runs out meanwhile is found lost then
         for (key, delivery), answer in zip(due, answers, strict=True):
             if key not in station.held:
                 continue

@@ -49,7 +49,9 @@ async def _open_round(engine: Engine, run: str, heads: list[Event]) -> list[str]
         if not alive:
             return []
         if status(last[run]) == "open":
-            raise ConfigError(f"{run} is still discovering: redrive when that has ended (see `flowlane status`)")
+            raise ConfigError(
+                f"{run} is still discovering: redrive when that has ended (see `flowlane status`)"
+            )
         commit = _round(engine, last[run], alive)
         if not isinstance(await engine.commit(commit), VersionConflict):
             return [head.subject for head in alive]

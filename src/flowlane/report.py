@@ -55,9 +55,13 @@ def build_report(lane: Lane, head: Event, now: Progress, tallies: Sequence[RunTa
         records=_records(total.counts),
         bytes={"in": total.counts.bytes_in, "out": total.counts.bytes_out},
         stages=[
-            {"stage": name, "units": _units(part), "records": _records(part.counts),
-             "bytes": {"in": part.counts.bytes_in, "out": part.counts.bytes_out},
-             "conserved": part.counts.conserved}
+            {
+                "stage": name,
+                "units": _units(part),
+                "records": _records(part.counts),
+                "bytes": {"in": part.counts.bytes_in, "out": part.counts.bytes_out},
+                "conserved": part.counts.conserved,
+            }
             for name, part in stages.items()
         ],
         dead=[{"unit": head.subject, "reason": now.reason}] if now.reason else [],
@@ -95,5 +99,3 @@ def _records(counts: Counts) -> dict[str, int]:
         "skipped": counts.skipped,
         "quarantined": counts.quarantined,
     }
-
-

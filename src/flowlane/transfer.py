@@ -17,7 +17,16 @@ import msgspec
 
 from flowlane import events
 from flowlane.deadline import Interrupted
-from flowlane.errors import BadRecord, ConfigError, Damaged, Fenced, Incomplete, Permanent, Retryable, Superseded
+from flowlane.errors import (
+    BadRecord,
+    ConfigError,
+    Damaged,
+    Fenced,
+    Incomplete,
+    Permanent,
+    Retryable,
+    Superseded,
+)
 from flowlane.ports import (
     Bad,
     Batch,
@@ -64,7 +73,7 @@ class Selection:
 # --------------------------------------------------------------------------- bytes
 
 
-async def copy(  # noqa: PLR0913  # the parameters are the promise of ``Context.copy``
+async def copy(  # the parameters are the promise of ``Context.copy``
     attempt: Attempt,
     url: str,
     to: str,
@@ -85,7 +94,9 @@ async def copy(  # noqa: PLR0913  # the parameters are the promise of ``Context.
     target = await attempt.engine.connections.store(to)
     owner = f"{attempt.unit}#{attempt.progress.token}"
     resume, position = (state.upload, state.position.offset) if state.etag else ("", 0)
-    async with target.upload(to, owner=owner, resume=resume, position=position, overwrite=overwrite) as upload:
+    async with target.upload(
+        to, owner=owner, resume=resume, position=position, overwrite=overwrite
+    ) as upload:
         if upload.position != position or not position:
             state = Transfer(high=state.high)
         work = _Copy(attempt, name, state, upload, verify, overwrite)
@@ -96,7 +107,7 @@ async def copy(  # noqa: PLR0913  # the parameters are the promise of ``Context.
 class _Copy:
     """One object on its way through one upload: every block proven, counted and checksummed as it passes."""
 
-    def __init__(  # noqa: PLR0913  # what one copy is made of
+    def __init__(  # what one copy is made of
         self, attempt: Attempt, name: str, state: Transfer, upload: Upload, verify: str, overwrite: bool
     ) -> None:
         self.attempt = attempt
@@ -111,13 +122,9 @@ class _Copy:
 
     async def log(self, kind: str) -> None:
         """Append the upload's state; moved on means further than any attempt before."""
-        position = self.state.position.offset
-        moved = position > self.state.high
-        self.state = msgspec.structs.replace(
-            self.state, upload=self.upload.id, high=max(self.state.high, position)
-        )
+        self.state = msgspec.structs.replace(self.state, upload=self.upload.id)
         self.attempt.progress.transfers[self.name] = self.state
-        await self.attempt.record(kind, moved=moved)
+        await self.attempt.record(kind, moved=False)
         self.logged_at = self.attempt.engine.clock.monotonic()
 
     async def run(
@@ -130,7 +137,9 @@ class _Copy:
         self.crc = 0 if prover else self.state.position.crc
         pin = self.state.etag or etag
         try:
-            async with source.read(url, start=self.offset, etag=self.state.etag or etag, headers=headers) as body:
+            async with source.read(
+                url, start=self.offset, etag=self.state.etag or etag, headers=headers
+            ) as body:
                 self.state = msgspec.structs.replace(self.state, etag=body.info.etag)
                 if prover is None and not body.proven_length:
                     raise Permanent(f"{url}: neither a length nor a checksum tells whether its body is whole")
@@ -159,7 +168,9 @@ class _Copy:
             if cut:  # a resumed upload holds these already; the decoder needs to see them again
                 await self._digest(block[:cut], prover)
                 if self.offset == goal and self.crc != self.state.position.crc:
-                    raise Superseded(f"{body.info.url}: the first {goal:,} bytes are not the ones read before")
+                    raise Superseded(
+                        f"{body.info.url}: the first {goal:,} bytes are not the ones read before"
+                    )
             if cut < len(block):
                 rest = block[cut:] if cut else block
                 await self._digest(rest, prover)
@@ -196,7 +207,11 @@ class _Copy:
             return await self._discard()
         flushed = await self.upload.flush()
         if flushed == self.offset:
-            self.state = msgspec.structs.replace(self.state, position=Position(self.offset, 0, self.crc))
+            position = Position(self.offset, 0, self.crc)
+            if self.offset > self.state.high:
+                self.attempt.note_move()
+            high = max(self.state.high, self.offset)
+            self.state = msgspec.structs.replace(self.state, position=position, high=high)
         self.attempt.progress.transfers[self.name] = self.state
 
     async def _discard(self) -> None:
@@ -350,7 +365,9 @@ def apply_map(function: Mapper, batch: Batch, went: Counts) -> tuple[list[Record
             went.skipped += 0 if result else 1
             kept.extend(result)
         else:
-            raise Permanent(f"map returned {type(result).__name__}: return a record, a list of records, or None")
+            raise Permanent(
+                f"map returned {type(result).__name__}: return a record, a list of records, or None"
+            )
     return kept, bad
 
 
@@ -374,4 +391,6 @@ def check_magic(url: str, block: bytes) -> None:
 def quarantine_url(folder: str, attempt: Attempt, split: Split, start: Position) -> str:
     """Where the bad records of one batch go: the same place however often the batch is repeated."""
     unit = quote(attempt.unit, safe="")[:180]
-    return f"{folder.rstrip('/')}/{attempt.lane}/{unit}/{quote(split.id, safe='')[:120]}-{start.row:012d}.jsonl"
+    return (
+        f"{folder.rstrip('/')}/{attempt.lane}/{unit}/{quote(split.id, safe='')[:120]}-{start.row:012d}.jsonl"
+    )

@@ -130,7 +130,9 @@ async def _housekeeping(app: Application, lanes: list[Lane]) -> AsyncIterator[No
             sweeping.cancel()
 
 
-def stop_on_signals(loop: asyncio.AbstractEventLoop, app_clock: Callable[[], float], stop: asyncio.Event, deadline: Deadline) -> None:
+def stop_on_signals(
+    loop: asyncio.AbstractEventLoop, app_clock: Callable[[], float], stop: asyncio.Event, deadline: Deadline
+) -> None:
     """SIGTERM and SIGINT set `stop` and leave ``GRACE`` seconds; a second one leaves none."""
 
     def told() -> None:

@@ -128,8 +128,11 @@ async def consume(
     wait: float,
     poll: float,
 ) -> AsyncIterator[ChannelBatch]:
-    """What ``Channel.consume`` promises, made of `find`: the next batch; or in how many seconds a partition that
-    another consumer holds becomes free; or ``None``. `give_up` frees what was handed out and not settled."""
+    """What ``Channel.consume`` promises, made of `find` and `give_up`.
+
+    `find` answers with the next batch; or in how many seconds a partition that another consumer holds becomes
+    free; or with ``None``. `give_up` frees what was handed out and not settled.
+    """
     loop = asyncio.get_running_loop()
     end = loop.time() + wait
     try:

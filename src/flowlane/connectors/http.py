@@ -134,9 +134,7 @@ class _Extent(NamedTuple):
         first, last = int(match[1]), int(match[2])
         total = -1 if match[3] == "*" else int(match[3])
         if last < first or (total >= 0 and last >= total) or length not in (-1, last + 1 - first):
-            raise Incomplete(
-                f"{where}: Content-Range {said[:80]!a} and Content-Length {length} disagree"
-            )
+            raise Incomplete(f"{where}: Content-Range {said[:80]!a} and Content-Length {length} disagree")
         return cls(first, last + 1, total)
 
 

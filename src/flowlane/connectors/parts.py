@@ -8,14 +8,15 @@ a paused owner may wake up with the file still open, and what he writes then mus
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from flowlane.errors import Fenced, Permanent
 
@@ -26,7 +27,7 @@ _NO_LINKS: Final = frozenset({"EPERM", "EOPNOTSUPP", "ENOTSUP", "ENOSYS"})
 
 
 def part_name(target: Path, owner: str) -> str:
-    """The name of `owner`'s part of `target`: within the 255 bytes of a name, whatever the target is called."""
+    """The name of `owner`'s part of `target`; within the 255 bytes of a name, however long the target's."""
     stem = os.fsencode(target.name)[:200].decode("utf-8", "ignore") or "_"
     digest = hashlib.sha256(os.fsencode(target) + b"\0" + owner.encode()).hexdigest()[:24]
     return f".{stem}.{digest}.part"
@@ -44,6 +45,14 @@ def is_part_of(name: str, target: Path) -> bool:
     return bool(mine and theirs and "/" not in name and mine[1] == theirs[1])
 
 
+class _Source(NamedTuple):
+    """The part that is being copied from: its open file, its path, and how much of it."""
+
+    file: int
+    path: Path
+    size: int
+
+
 class Part:
     """An open part file. Every method may raise ``OSError``, or ``Fenced`` once it was taken over."""
 
@@ -51,8 +60,8 @@ class Part:
         self.path = path
         self.target = target
         self._file = descriptor
-        self._inode = os.fstat(descriptor).st_ino
         self.size = os.fstat(descriptor).st_size
+        self._source = _Source(-1, path, 0)
 
     @classmethod
     def create(cls, target: Path, owner: str) -> Part:
@@ -60,9 +69,9 @@ class Part:
         make_directory(target.parent)
         path = target.parent / part_name(target, owner)
         path.unlink(missing_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_APPEND, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            if not _lock(descriptor):
+            if _lock(descriptor) is False:
                 raise Fenced(f"{path.name} was taken over as it was made")
             return cls(path, target, descriptor)
         except BaseException:
@@ -71,39 +80,46 @@ class Part:
 
     @classmethod
     def take_over(cls, target: Path, owner: str, name: str) -> Part | None:
-        """What the part called `name` holds, as `owner`'s own; ``None`` if it is gone."""
+        """What the part called `name` holds, as `owner`'s own once ``catch_up`` is through; ``None`` if it is
+        gone."""
         old = target.parent / name
         try:
-            descriptor = os.open(old, os.O_RDWR | os.O_CLOEXEC | os.O_APPEND | os.O_NOFOLLOW)
+            descriptor = os.open(old, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
             return None
-        moved = False
         try:
-            path = target.parent / part_name(target, owner)
-            # A part with a second name is an object already: its owner died between link and unlink.
-            if _lock(descriptor) and os.fstat(descriptor).st_nlink == 1 and _same(descriptor, old):
-                old.replace(path)
-                moved = True
-                return cls(path, target, descriptor)
-            part = cls._copy(target, owner, descriptor)
-            if old != part.path:
-                old.unlink(missing_ok=True)
-            return part
-        finally:
-            if not moved:
+            free = _lock(descriptor)
+            if not _same(descriptor, old):
                 os.close(descriptor)
+                return None
+            # A part with a second name is an object already: its owner died between link and unlink.
+            if free and os.fstat(descriptor).st_nlink == 1:
+                path = target.parent / part_name(target, owner)
+                old.replace(path)
+                return cls(path, target, descriptor)
+            part = cls.create(target, owner)
+            part._source = _Source(descriptor, old, os.fstat(descriptor).st_size)
+            return part
+        except BaseException:
+            os.close(descriptor)
+            raise
 
-    @classmethod
-    def _copy(cls, target: Path, owner: str, descriptor: int) -> Part:
-        """A new part with the bytes that are in the old one now; it only ever grows, so they are final."""
-        part = cls.create(target, owner)
-        size = os.fstat(descriptor).st_size
-        while part.size < size:
-            block = os.pread(descriptor, min(_COPY, size - part.size), part.size)
-            if not block:
-                break
-            part.write([block])
-        return part
+    def catch_up(self) -> bool:
+        """Copy some of what is taken over; whether more is to come. The old part only ever grew, so what was
+        in it when it was found is final; it is removed in the end."""
+        source = self._source
+        block = (
+            os.pread(source.file, min(_COPY, source.size - self.size), self.size) if source.file >= 0 else b""
+        )
+        if block:
+            self.write([block])
+            return True
+        if source.file >= 0:
+            if source.path != self.path:
+                source.path.unlink(missing_ok=True)
+            os.close(source.file)
+            self._source = _Source(-1, self.path, 0)
+        return False
 
     def write(self, blocks: Sequence[bytes]) -> None:
         """`blocks` follow what is there."""
@@ -111,7 +127,7 @@ class Part:
         for block in blocks:
             view = memoryview(block)
             while view:
-                count = os.write(self._file, view)
+                count = os.pwrite(self._file, view, self.size)
                 self.size += count
                 view = view[count:]
 
@@ -172,16 +188,19 @@ class Part:
 
     def close(self) -> None:
         """Let go of the file, and so of its lock. Closing twice is fine."""
-        descriptor, self._file = self._file, -1
-        if descriptor >= 0:
-            os.close(descriptor)
+        for descriptor in (self._file, self._source.file):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._file, self._source = -1, _Source(-1, self.path, 0)
 
     def _check(self) -> None:
         if not _same(self._file, self.path):
             raise self._fenced()
 
     def _fenced(self) -> Fenced:
-        return Fenced(f"the unfinished upload of {self.target} was taken over or discarded by another attempt")
+        return Fenced(
+            f"the unfinished upload of {self.target} was taken over or discarded by another attempt"
+        )
 
 
 def discard(path: Path) -> bool:
@@ -193,7 +212,7 @@ def discard(path: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        free = _lock(descriptor) and _same(descriptor, path)
+        free = bool(_lock(descriptor)) and _same(descriptor, path)
         if free:
             path.unlink(missing_ok=True)
         return free
@@ -220,13 +239,15 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _lock(descriptor: int) -> bool:
+def _lock(descriptor: int) -> bool | None:
+    """Whether the file is ours alone; ``None`` where the file system has no locks, and nobody can be known to
+    be dead."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
-        return False  # no locks on this file system: nobody is known to be dead, so parts are copied
+        return None
     return True
 
 

@@ -95,7 +95,9 @@ def matches(directory: Path, pattern: Sequence[str]) -> Iterator[os.DirEntry[str
         for entry in _sorted(path):
             here = [i for i in states if _fits(entry.name, pattern[i])]
             if entry.is_dir(follow_symlinks=False):
-                below = closed({i if pattern[i] == "**" else i + 1 for i in here if i < last or pattern[i] == "**"})
+                below = closed(
+                    {i if pattern[i] == "**" else i + 1 for i in here if i < last or pattern[i] == "**"}
+                )
                 if below:
                     yield from walk(entry.path, below)
             elif last in here and _inside(entry, root):
@@ -117,7 +119,7 @@ def _inside(entry: os.DirEntry[str], root: str) -> bool:
 
 
 def _sorted(path: str) -> Iterator[os.DirEntry[str]]:
-    """The entries of one directory so that a walk in this order is one in order of URL; none if it is gone."""
+    """The entries of a directory so that a walk in this order is one in order of URL; none if it is gone."""
     runs = []
     try:
         with os.scandir(path) as entries:

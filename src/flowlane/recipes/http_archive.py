@@ -87,7 +87,9 @@ def http_archive(
     Raises:
         ConfigError: a template, time or duration cannot be used; said with what to write instead.
     """
-    plan = _Plan(url, _moment("start", start), None if until is None else _moment("until", until), step, to, max_gap)
+    plan = _Plan(
+        url, _moment("start", start), None if until is None else _moment("until", until), step, to, max_gap
+    )
     if verify not in ("content", "length"):
         raise ConfigError(f"verify={verify!r}: must be content or length")
     kind = ArchiveVersion if refresh else Archive
@@ -142,11 +144,17 @@ class _Plan:
         self.step = timedelta(seconds=duration(step))
         self.max_gap = timedelta(seconds=duration(max_gap))
         if until is not None and until <= start:
-            raise ConfigError(f"until={_text(until)} is not after start={_text(start)}: nothing would ever be landed")
+            raise ConfigError(
+                f"until={_text(until)} is not after start={_text(start)}: nothing would ever be landed"
+            )
         if self.url(start) == self.url(start + self.step):
-            raise ConfigError(f"url={url!r} is the same for every period: put the time in, as in {{t:%Y-%m-%d}}-{{t.hour}}")
+            raise ConfigError(
+                f"url={url!r} is the same for every period: put the time in, as in {{t:%Y-%m-%d}}-{{t.hour}}"
+            )
         if self.target(start) == self.target(start + self.step):
-            raise ConfigError(f"url={url!r} ends in the same name for every period, all would land in {self.target(start)}")
+            raise ConfigError(
+                f"url={url!r} ends in the same name for every period, all would land in {self.target(start)}"
+            )
 
     def url(self, period: datetime) -> str:
         """The URL of the period's archive."""
@@ -207,7 +215,9 @@ class _Search:
         """Ask for all of `periods`, and note the answers in order."""
         async with asyncio.TaskGroup() as tasks:
             asked = [tasks.create_task(self._head(period)) for period in periods]
-        return [(period, self._note(period, task.result())) for period, task in zip(periods, asked, strict=True)]
+        return [
+            (period, self._note(period, task.result())) for period, task in zip(periods, asked, strict=True)
+        ]
 
     async def _head(self, period: datetime) -> ObjectInfo | Retryable | Permanent | None:
         try:
@@ -275,7 +285,10 @@ class _Search:
         """The bookmark as it stands now."""
         self.changed = False
         return Bookmark(
-            next=_text(self._next), pending=dict(self._pending), gaps=list(self._gaps), etags=dict(self._etags)
+            next=_text(self._next),
+            pending=dict(self._pending),
+            gaps=list(self._gaps),
+            etags=dict(self._etags),
         )
 
     def finish(self) -> None:

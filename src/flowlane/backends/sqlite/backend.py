@@ -97,7 +97,7 @@ class SqliteBackend:
         self._turn = (self._turn + 1) % len(stages)  # another stage comes first each time: none starves
         turned = [*stages[self._turn :], *stages[: self._turn]]
         number = int.from_bytes(blake2b(self._clock.token().encode(), digest_size=7).digest(), "big")
-        answer = await self.writer.submit(Receive(turned, limit, number, lease, self.writer.post))
+        answer = await self.writer.submit(Receive(turned, limit, number, lease, self.writer.leave))
         return [
             _Delivery(event, stage, attempt, head, (entry, number), self)
             for stage, _, text in answer
@@ -115,11 +115,11 @@ class SqliteBackend:
 async def open_backend(
     uri: str, environment: Environment, *, synchronous: str = "normal", busy_timeout: str = "30"
 ) -> AsyncIterator[SqliteBackend]:
-    """The backend in the file that `uri` names (``sqlite:///relative/path``, ``sqlite:////absolute/path``); the
-    file and its directory are made if they are missing.
+    """The backend in the file that `uri` names: ``sqlite:///relative/path``, ``sqlite:////absolute/path``.
 
-    ``synchronous=full`` also survives a power failure with its last commits; ``normal`` may lose those, log and
-    queue together. ``busy_timeout`` is how long (seconds) a write waits for those of other processes.
+    The file and its directory are made if they are missing. With ``synchronous=full`` the last commits
+    survive a power failure, with ``normal`` they may be lost, log and queue together. ``busy_timeout`` is
+    how long (seconds) a write waits for those of other processes.
 
     Raises:
         ConfigError: see ``schema.connect``; or an option is wrong.

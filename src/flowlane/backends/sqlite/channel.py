@@ -9,7 +9,7 @@ from typing import Any, Final
 import msgspec
 
 from flowlane.backends.common import CHANNEL_LEASE, PARTITIONS, POLL, News, consume, partition
-from flowlane.backends.sqlite.group import run_wide
+from flowlane.backends.sqlite.group import Wide
 from flowlane.backends.sqlite.queue import Change
 from flowlane.backends.sqlite.writer import WRITE, Writer
 from flowlane.clock import Clock
@@ -18,6 +18,7 @@ from flowlane.ports import ChannelBatch, ChannelRecord
 _records: Final = msgspec.json.Decoder(list[tuple[int, str, str]])
 _positions: Final = msgspec.json.Decoder(list[int])
 
+_INSERT: Final = Wide("INSERT INTO channel (channel, partition, position, key, data) VALUES ", "(?,?,?,?,?)")
 _ENDS: Final = """
 SELECT json_group_array(coalesce(
     (SELECT max(position) FROM channel WHERE channel = ? AND partition = value), 0)) FROM json_each(?)
@@ -33,8 +34,8 @@ LIMIT 1
 """
 _HELD: Final = "SELECT min(until) FROM consumer WHERE channel = ? AND consumer = ? AND owner NOT IN ('', ?)"
 _HOLD: Final = """
-INSERT INTO consumer (channel, consumer, partition, position, owner, lease, until) VALUES (?,?,?,0,?,?,?)
-ON CONFLICT DO UPDATE SET owner = excluded.owner, lease = excluded.lease, until = excluded.until
+INSERT INTO consumer (channel, consumer, partition, position, owner, until) VALUES (?,?,?,0,?,?)
+ON CONFLICT DO UPDATE SET owner = excluded.owner, until = excluded.until
 """
 _NEXT: Final = """
 SELECT json_group_array(json_array(position, key, hex(data))) FROM (
@@ -42,7 +43,8 @@ SELECT json_group_array(json_array(position, key, hex(data))) FROM (
     ORDER BY position LIMIT ?)
 """
 _SETTLE: Final = """
-UPDATE consumer SET position = max(position, ?), owner = CASE WHEN lease = ? THEN '' ELSE owner END
+UPDATE consumer
+    SET position = max(position, ?), owner = CASE WHEN owner = ? AND until = ? THEN '' ELSE owner END
 WHERE channel = ? AND consumer = ? AND partition = ?
 """
 
@@ -62,38 +64,31 @@ class _Put(Change):
         for where, key, data in self.records:
             ends[where] += 1
             rows += (self.channel, where, ends[where], key, data)
-        start = "INSERT INTO channel (channel, partition, position, key, data) VALUES "
-        run_wide(connection, start, "(?,?,?,?,?)", "", rows, 5)
+        _INSERT.run(connection, rows)
 
 
 class _Next:
-    """The answer is a partition and its next records as JSON; or in how many seconds another consumer's hold
-    ends; or ``None``."""
+    """The answer is a partition, the end of the hold on it and its next records as JSON; or in how many
+    seconds another consumer's hold ends; or ``None``."""
 
     wakes = False
 
-    def __init__(self, channel: str, consumer: str, owner: str, lease: str, limit: int, turn: int) -> None:
-        self.channel, self.consumer, self.owner, self.lease, self.limit = (
-            channel,
-            consumer,
-            owner,
-            lease,
-            limit,
-        )
-        self.order = str([(turn + n) % PARTITIONS for n in range(PARTITIONS)])
+    def __init__(self, channel: str, consumer: str, owner: str, limit: int, order: str) -> None:
+        self.channel, self.consumer, self.owner = channel, consumer, owner
+        self.limit, self.order = limit, order
 
     def peek(self, connection: sqlite3.Connection, now: int) -> Any:
         return WRITE if self._free(connection, now) else self._held(connection, now)
 
-    def run(self, connection: sqlite3.Connection, now: int) -> tuple[int, str] | float | None:
+    def run(self, connection: sqlite3.Connection, now: int) -> tuple[int, int, str] | float | None:
         free = self._free(connection, now)
         if free is None:
             return self._held(connection, now)
         where, position = free
         until = now + int(CHANNEL_LEASE * 1000)
-        connection.execute(_HOLD, (self.channel, self.consumer, where, self.owner, self.lease, until))
+        connection.execute(_HOLD, (self.channel, self.consumer, where, self.owner, until))
         (text,) = connection.execute(_NEXT, (self.channel, where, position, self.limit)).fetchone()
-        return where, text
+        return where, until, text
 
     def _free(self, connection: sqlite3.Connection, now: int) -> tuple[int, int] | None:
         found: tuple[int, int] | None = connection.execute(
@@ -112,8 +107,8 @@ class _Next:
 class _Settle(Change):
     wakes = True
 
-    def __init__(self, channel: str, consumer: str, where: int, position: int, lease: str) -> None:
-        self.row = (position, lease, channel, consumer, where)
+    def __init__(self, name: tuple[str, str], hold: tuple[str, int], where: int, position: int) -> None:
+        self.row = (position, *hold, *name, where)
 
     def run(self, connection: sqlite3.Connection, now: int) -> None:
         connection.execute(_SETTLE, self.row)
@@ -132,18 +127,20 @@ class _GiveUp(Change):
 
 
 class _Batch:
-    __slots__ = ("_lease", "_name", "_writer", "records")
+    """``name`` are the channel and the consumer, ``hold`` its owner and end."""
+
+    __slots__ = ("_hold", "_name", "_writer", "records")
 
     def __init__(
-        self, records: list[ChannelRecord], name: tuple[str, str], lease: str, writer: Writer
+        self, records: list[ChannelRecord], name: tuple[str, str], hold: tuple[str, int], writer: Writer
     ) -> None:
         self.records = records
-        self._name, self._lease, self._writer = name, lease, writer
+        self._name, self._hold, self._writer = name, hold, writer
 
     async def settle(self, count: int | None = None) -> None:
         done = self.records[:count]
         position = done[-1].position if done else 0
-        await self._writer.submit(_Settle(*self._name, self.records[0].partition, position, self._lease))
+        await self._writer.submit(_Settle(self._name, self._hold, self.records[0].partition, position))
 
 
 class SqliteChannel:
@@ -162,20 +159,20 @@ class SqliteChannel:
 
         async def find() -> ChannelBatch | float | None:
             nonlocal turn
-            lease = self._clock.token()
-            answer = await self._writer.submit(_Next(self._name, consumer, owner, lease, limit, turn))
+            order = str([(turn + n) % PARTITIONS for n in range(PARTITIONS)])
+            answer = await self._writer.submit(_Next(self._name, consumer, owner, limit, order))
             if not isinstance(answer, tuple):
                 waiting: float | None = answer
                 return waiting
-            where, text = answer
+            where, until, text = answer
             turn = where + 1
             records = [
                 ChannelRecord(key, bytes.fromhex(data), where, position)
                 for position, key, data in _records.decode(text)
             ]
-            return _Batch(records, (self._name, consumer), lease, self._writer)
+            return _Batch(records, (self._name, consumer), (owner, until), self._writer)
 
         def give_up() -> None:
-            self._writer.post(_GiveUp(self._name, consumer, owner))
+            self._writer.leave(_GiveUp(self._name, consumer, owner))
 
         return consume(find, give_up, self._news, wait, POLL)

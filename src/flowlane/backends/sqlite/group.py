@@ -7,11 +7,11 @@ up to 5 ms for each row of an ``executemany``. So whole groups are written and r
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from math import ceil
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -23,17 +23,70 @@ from flowlane.ports import Commit, Committed, Tally
 from flowlane.state import Counts, RunTally, StageTally
 
 _DONE: Final = Committed(MappingProxyType({}))
-_SIZES: Final = (128, 16, 4, 1)
 
 _TALLY: Final = (
-    "found, settled, dead, skipped, superseded, redriven, records_in, expanded, records_out, records_skipped, "
-    "quarantined, bytes_in, bytes_out"
+    "found, settled, dead, skipped, superseded, redriven, "
+    "records_in, expanded, records_out, records_skipped, quarantined, bytes_in, bytes_out"
 )
 _ADD_TALLY: Final = (
-    f"INSERT INTO tally (run, round, stage, closed, {_TALLY}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?) "
+    f"INSERT INTO tally (run, round, stage, closed, {_TALLY}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?) "  # noqa: S608
     "ON CONFLICT DO UPDATE SET closed = max(closed, excluded.closed), "
     + ", ".join(f"{column} = {column} + excluded.{column}" for column in _TALLY.split(", "))
 )
+_READ_TALLY: Final = f"SELECT stage, closed, {_TALLY} FROM tally WHERE run = ? AND round = ?"  # noqa: S608
+_COMPLETE: Final = "SELECT max(closed) AND NOT sum(found <> settled) FROM tally WHERE run = ? AND round = ?"
+
+
+class Wide(NamedTuple):
+    """A statement over many rows of values, in a few sizes, so that it stays prepared."""
+
+    start: str
+    row: str
+    end: str = ""
+
+    def parts(self, values: list[Any]) -> Iterator[tuple[str, list[Any]]]:
+        """The statements that take all of `values`, and what each takes."""
+        at = 0
+        for size in (128, 16, 4, 1):
+            step = size * self.row.count("?")
+            while len(values) - at >= step:
+                yield _sql(self, size), values[at : at + step]
+                at += step
+
+    def run(self, connection: sqlite3.Connection, values: list[Any]) -> None:
+        """Execute it, for its effect, on `values`."""
+        for sql, part in self.parts(values):
+            connection.execute(sql, part)
+
+
+@lru_cache(256)
+def _sql(wide: Wide, size: int) -> str:
+    return wide.start + ",".join([wide.row] * size) + wide.end
+
+
+_LOG: Final = Wide("INSERT INTO log (stream, version, lane, run, event) VALUES ", "(?,?,?,?,?)")
+_LIST: Final = Wide(
+    "INSERT INTO units (stream, lane, state) VALUES ",
+    "(?,?,?)",
+    " ON CONFLICT DO UPDATE SET state = excluded.state WHERE state <> excluded.state",
+)
+_UNLIST: Final = Wide("DELETE FROM units WHERE stream IN (", "?", ")")
+_PUBLISH: Final = Wide("INSERT INTO queue (stage, due, stream, version, event) VALUES ", "(?,?,?,?,?)")
+_REMIND: Final = (
+    "INSERT INTO queue (stage, due, stream, version, event) SELECT ?1, ?2, ?3, ?4, ?5 "
+    "WHERE NOT EXISTS (SELECT 1 FROM queue WHERE stream = ?3)"
+)
+_ACK: Final = Wide(
+    "DELETE FROM queue WHERE id IN (SELECT id FROM (VALUES ",
+    "(?,?)",
+    ") AS v CROSS JOIN queue AS q ON q.id = v.column1 WHERE q.lease = v.column2 AND q.due > ?)",
+)
+_EXIST: Final = Wide(
+    "SELECT count(*) FROM (VALUES ",
+    "(?,?)",
+    ") AS v CROSS JOIN log ON log.stream = v.column1 AND log.version = v.column2",
+)
+_HEADS: Final = Wide("SELECT stream, max(version) FROM log WHERE stream IN (", "?", ") GROUP BY stream")
 
 
 class Prepared(msgspec.Struct, gc=False):
@@ -131,23 +184,15 @@ def _check_chains(connection: sqlite3.Connection, group: Iterable[Prepared]) -> 
             elif before != expected:
                 raise _ConflictError
             ends[stream] = end
-    found = 0
-    for sql, values in _wide("SELECT count(*) FROM (VALUES ", "(?,?)", _FIND_VERSIONS, needed, 2):
-        found += connection.execute(sql, values).fetchone()[0]
+    found = sum(connection.execute(sql, part).fetchone()[0] for sql, part in _EXIST.parts(needed))
     if found != len(needed) // 2:
         raise _ConflictError
 
 
-_FIND_VERSIONS: Final = ") AS v CROSS JOIN log ON log.stream = v.column1 AND log.version = v.column2"
-
-
 def _conflicts(connection: sqlite3.Connection, group: Sequence[Prepared]) -> dict[int, VersionConflict]:
     heads: dict[str, int] = {}
-    streams = list({stream: None for commit in group for stream, _, _ in commit.heads})
-    for sql, values in _wide(
-        "SELECT stream, max(version) FROM log WHERE stream IN (", "?", ") GROUP BY stream", streams, 1
-    ):
-        heads.update(connection.execute(sql, values))
+    for sql, part in _HEADS.parts(list({stream: None for commit in group for stream, _, _ in commit.heads})):
+        heads.update(connection.execute(sql, part))
     conflicts: dict[int, VersionConflict] = {}
     for n, commit in enumerate(group):
         wrong = {s: heads.get(s, 0) for s, expected, _ in commit.heads if heads.get(s, 0) != expected}
@@ -171,46 +216,23 @@ def _write(connection: sqlite3.Connection, group: Iterable[Prepared], now: int) 
         for stage, delay, stream, version, event in commit.publish:
             publish += (stage, now + delay, stream, version, event)
         for stage, delay, stream, version, event in commit.repeat:
-            repeat.append((stage, now + delay, stream, version, event, stream))
+            repeat.append((stage, now + delay, stream, version, event))
         if commit.ack is not None:
             acks += commit.ack
-    run_wide(
-        connection, "INSERT INTO log (stream, version, lane, run, event) VALUES ", "(?,?,?,?,?)", "", log, 5
-    )
-    listed = [value for unit in units.values() if unit[2] for value in unit]
-    run_wide(connection, "INSERT INTO units (stream, lane, state) VALUES ", "(?,?,?)", _LIST_UNIT, listed, 3)
-    unlisted = [unit[0] for unit in units.values() if not unit[2]]
-    run_wide(connection, "DELETE FROM units WHERE stream IN (", "?", ")", unlisted, 1)
+    _LOG.run(connection, log)
+    _LIST.run(connection, [value for unit in units.values() if unit[2] for value in unit])
+    _UNLIST.run(connection, [stream for stream, _, index in units.values() if not index])
     # Before the publishing: a reminder of a unit whose delivery is acked here must not find it queued.
     settle(connection, acks, now)
-    run_wide(
-        connection,
-        "INSERT INTO queue (stage, due, stream, version, event) VALUES ",
-        "(?,?,?,?,?)",
-        "",
-        publish,
-        5,
-    )
+    _PUBLISH.run(connection, publish)
     if repeat:
-        connection.executemany(
-            "INSERT INTO queue (stage, due, stream, version, event) SELECT ?,?,?,?,? "
-            "WHERE NOT EXISTS (SELECT 1 FROM queue WHERE stream = ?)",
-            repeat,
-        )
-
-
-_LIST_UNIT: Final = " ON CONFLICT DO UPDATE SET state = excluded.state WHERE state <> excluded.state"
+        connection.executemany(_REMIND, repeat)
 
 
 def settle(connection: sqlite3.Connection, leases: list[Any], now: int) -> None:
     """The queue entries given by id and lease are gone; those whose lease has ended stay."""
-    for sql, values in _wide(
-        "DELETE FROM queue WHERE id IN (SELECT id FROM (VALUES ", "(?,?)", _HELD, leases, 2
-    ):
-        connection.execute(sql, [*values, now])
-
-
-_HELD: Final = ") AS v CROSS JOIN queue AS q ON q.id = v.column1 WHERE q.lease = v.column2 AND q.due > ?)"
+    for sql, part in _ACK.parts(leases):
+        connection.execute(sql, [*part, now])
 
 
 def _count(connection: sqlite3.Connection, group: Iterable[Prepared]) -> dict[tuple[str, int], RunTally]:
@@ -242,10 +264,7 @@ def _count(connection: sqlite3.Connection, group: Iterable[Prepared]) -> dict[tu
     if sums:
         connection.executemany(_ADD_TALLY, [(*key, *row) for key, row in sums.items()])
         for run, round_ in {key[:2]: None for key in sums}:
-            (done,) = connection.execute(
-                "SELECT max(closed) AND NOT sum(found <> settled) FROM tally WHERE run = ? AND round = ?",
-                (run, round_),
-            ).fetchone()
+            (done,) = connection.execute(_COMPLETE, (run, round_)).fetchone()
             if done:
                 complete[run, round_] = read_tally(connection, run, round_)
     return complete
@@ -260,37 +279,11 @@ def _committed(commit: Prepared, complete: dict[tuple[str, int], RunTally]) -> C
 
 def read_tally(connection: sqlite3.Connection, run: str, round: int) -> RunTally:
     """The counters of one (run, round), all as of one moment."""
-    found = RunTally()
-    rows = connection.execute(
-        f"SELECT stage, closed, {_TALLY} FROM tally WHERE run = ? AND round = ?", (run, round)
-    )
-    for stage, closed, *numbers in rows.fetchall():
-        found.closed = found.closed or bool(closed)
-        found.stages[stage] = StageTally(*numbers[:6], counts=Counts(*numbers[6:]))
-    return found
-
-
-# --------------------------------------------------------------------------- wide statements
-
-
-def run_wide(
-    connection: sqlite3.Connection, start: str, row: str, end: str, values: list[Any], width: int
-) -> None:
-    """Execute the statement `start` ROWS `end` on `values`, `width` of them to a row like `row`."""
-    for sql, part in _wide(start, row, end, values, width):
-        connection.execute(sql, part)
-
-
-def _wide(start: str, row: str, end: str, values: list[Any], width: int) -> Iterable[tuple[str, list[Any]]]:
-    """`values`, `width` to a row, as few statements of a few sizes (so that they stay prepared)."""
-    at = 0
-    for size in _SIZES:
-        step = size * width
-        while len(values) - at >= step:
-            yield _sql(start, row, end, size), values[at : at + step]
-            at += step
-
-
-@lru_cache(256)
-def _sql(start: str, row: str, end: str, size: int) -> str:
-    return start + ",".join([row] * size) + end
+    tally = RunTally()
+    for stage, closed, *numbers in connection.execute(_READ_TALLY, (run, round)).fetchall():
+        tally.closed = tally.closed or bool(closed)
+        found, settled, dead, skipped, superseded, redriven, *counts = numbers
+        tally.stages[stage] = StageTally(
+            found, settled, dead, skipped, superseded, redriven, counts=Counts(*counts)
+        )
+    return tally

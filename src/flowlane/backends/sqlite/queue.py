@@ -28,15 +28,18 @@ _entries: Final = msgspec.json.Decoder(list[Entry])
 
 # One row however many entries there are, as JSON by concatenation: the events are JSON already.
 _DUE: Final = """
-SELECT json_group_array(id), '[' || group_concat('[' || id || ',' || attempt || ',' || coalesce(head, 'null') || ','
-    || CASE WHEN event IS NOT NULL THEN event WHEN head_version = version THEN 'null' ELSE
-       (SELECT l.event FROM log AS l WHERE l.stream = due.stream AND l.version = due.version) END
-    || ']') || ']'
-FROM (SELECT q.id, q.attempt + 1 AS attempt, q.stream, q.version, q.event, h.event AS head,
-             h.version AS head_version
-      FROM queue AS q LEFT JOIN log AS h ON h.stream = q.stream
-          AND h.version = (SELECT max(version) FROM log WHERE stream = q.stream)
-      WHERE q.stage = ? AND q.due <= ? ORDER BY q.due LIMIT ?) AS due
+SELECT json_group_array(id), '[' || group_concat(
+    '[' || id || ',' || attempt || ',' || coalesce(head, 'null') || ',' || coalesce(event, (
+        SELECT l.event FROM log AS l
+        WHERE l.stream = due.stream AND l.version = due.version AND l.version <> head_version
+    ), 'null') || ']') || ']'
+FROM (
+    SELECT q.id, q.attempt + 1 AS attempt, q.stream, q.version, q.event,
+        h.event AS head, h.version AS head_version
+    FROM queue AS q LEFT JOIN log AS h
+        ON h.stream = q.stream AND h.version = (SELECT max(version) FROM log WHERE stream = q.stream)
+    WHERE q.stage = ? AND q.due <= ? ORDER BY q.due LIMIT ?
+) AS due
 """
 _LEASE: Final = (
     "UPDATE queue SET due = ?, lease = ?, attempt = attempt + 1 WHERE id IN (SELECT value FROM json_each(?))"
@@ -52,9 +55,9 @@ class Receive:
     wakes = False
 
     def __init__(
-        self, stages: Sequence[str], limit: int, lease: int, seconds: float, post: Callable[[Release], object]
+        self, stages: Sequence[str], limit: int, lease: int, seconds: float, leave: Callable[[Release], None]
     ) -> None:
-        self.stages, self.limit, self.lease, self.seconds, self._post = stages, limit, lease, seconds, post
+        self.stages, self.limit, self.lease, self.seconds, self._leave = stages, limit, lease, seconds, leave
 
     def peek(self, connection: sqlite3.Connection, now: int) -> Any:
         sql = "SELECT 1 FROM queue WHERE stage = ? AND due <= ? LIMIT 1"
@@ -76,7 +79,7 @@ class Receive:
 
     def abandoned(self, answer: list[tuple[str, str, str]]) -> None:
         for _, ids, _ in answer:
-            self._post(Release(ids, self.lease))
+            self._leave(Release(ids, self.lease))
 
 
 class Change:

@@ -40,8 +40,8 @@ FROM (SELECT event, seq FROM log WHERE lane = ? AND seq > ? ORDER BY seq LIMIT ?
 """
 _SCAN_RUN: Final = _SCAN.replace("lane = ?", "lane = ? AND run = ?")
 _UNITS: Final = """
-SELECT '[' || group_concat((SELECT event FROM log WHERE log.stream = u.stream ORDER BY version DESC LIMIT 1)) || ']',
-    max(stream)
+SELECT '[' || group_concat(
+    (SELECT event FROM log WHERE log.stream = u.stream ORDER BY version DESC LIMIT 1)) || ']', max(stream)
 FROM (SELECT stream FROM units WHERE lane = ? AND state = ? AND stream > ? ORDER BY stream LIMIT ?) AS u
 """
 

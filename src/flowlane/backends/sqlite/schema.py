@@ -15,13 +15,13 @@ from flowlane.errors import ConfigError, FlowlaneError, Retryable
 APPLICATION: Final = 0x666C6F77  # "flow"
 VERSION: Final = 1
 
-# The log has a rowid and a unique index: clustered by (stream, version) it took 1.6 times as long. ``event`` is
-# text, so that a group of rows is one JSON array by concatenation, and the file can be read by people.
-# A queue entry holds its event only where that is not one of the commit which published it (NULL: the log has
-# it). ``lease`` is unique per receive: rowids are used again, and a stale ack must not delete another entry.
-# ``due`` is when an entry may be received: while it is leased, the end of the lease. Milliseconds, wall clock:
-# it is the one clock that processes share and that outlives a boot. Where it jumps, deliveries come early or
-# late; that is all, because what a stage does is fenced by the log and not by the lease.
+# The log has a rowid and a unique index: clustered by (stream, version) it took 1.6 times as long. ``event``
+# is text, so that a group of rows is one JSON array by concatenation, and the file can be read by people.
+# A queue entry holds its event only where that is not one of the commit which published it (NULL: the log
+# has it). ``lease`` is unique per receive: rowids are used again, and a stale ack must not delete another
+# entry. ``due`` is when an entry may be received: while it is leased, the end of the lease. Milliseconds on
+# the wall clock: it is the one clock that processes share and that outlives a boot. Where it jumps, leases
+# end early or late; that is all, because what a stage does is fenced by the log and not by its lease.
 _SCHEMA: Final = """
 CREATE TABLE log (
     seq INTEGER PRIMARY KEY, stream TEXT NOT NULL, version INTEGER NOT NULL, lane TEXT NOT NULL,
@@ -36,8 +36,9 @@ CREATE TABLE tally (
     quarantined INTEGER NOT NULL, bytes_in INTEGER NOT NULL, bytes_out INTEGER NOT NULL,
     PRIMARY KEY (run, round, stage)) WITHOUT ROWID;
 CREATE TABLE queue (
-    id INTEGER PRIMARY KEY, stage TEXT NOT NULL, due INTEGER NOT NULL, stream TEXT NOT NULL,
-    version INTEGER NOT NULL, attempt INTEGER NOT NULL DEFAULT 0, lease INTEGER NOT NULL DEFAULT 0, event TEXT);
+    id INTEGER PRIMARY KEY, stage TEXT NOT NULL, due INTEGER NOT NULL,
+    stream TEXT NOT NULL, version INTEGER NOT NULL, attempt INTEGER NOT NULL DEFAULT 0,
+    lease INTEGER NOT NULL DEFAULT 0, event TEXT);
 CREATE INDEX queue_due ON queue (stage, due);
 CREATE INDEX queue_stream ON queue (stream);
 CREATE TABLE channel (
@@ -45,7 +46,7 @@ CREATE TABLE channel (
     PRIMARY KEY (channel, partition, position)) WITHOUT ROWID;
 CREATE TABLE consumer (
     channel TEXT, consumer TEXT, partition INTEGER, position INTEGER NOT NULL, owner TEXT NOT NULL,
-    lease TEXT NOT NULL, until INTEGER NOT NULL, PRIMARY KEY (channel, consumer, partition)) WITHOUT ROWID;
+    until INTEGER NOT NULL, PRIMARY KEY (channel, consumer, partition)) WITHOUT ROWID;
 """
 
 
@@ -145,8 +146,8 @@ def _is_ours(connection: sqlite3.Connection, path: Path) -> bool:
         return True
     if application == APPLICATION:
         raise ConfigError(
-            f"{path}: was written by another release of flowlane (schema {version}, this one knows {VERSION}): "
-            "upgrade, or name another file"
+            f"{path}: has schema {version} of flowlane, this release knows {VERSION}: "
+            "upgrade flowlane, or name another file"
         )
     if tables or application or version:
         raise ConfigError(f"{path}: is the database of another application: name another file")
@@ -159,7 +160,8 @@ def _patiently(step: Callable[[], None], seconds: float) -> None:
     pause = threading.Event()
     for left in range(int(seconds / 0.05), -1, -1):
         try:
-            return step()
+            step()
+            return
         except sqlite3.OperationalError as error:
             if not left or error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                 raise

@@ -93,14 +93,17 @@ class Writer:
         return await self.post(request)
 
     def post(self, request: Request | Work) -> asyncio.Future[Any]:
-        """As ``submit``, for those who may not want to wait; the order of posting is kept among requests
-        other than commits."""
+        """As ``submit``; requests other than commits are run in the order in which they were posted."""
         future = self._loop.create_future()
         if self._closed:
             future.set_exception(Retryable(f"{self._settings.path}: the backend is closed"))
         else:
             self._requests.put(_Pending(request, future))
         return future
+
+    def leave(self, request: Request) -> None:
+        """As ``post``, if nobody wants to know what becomes of it."""
+        self.post(request).add_done_callback(lambda future: future.cancelled() or future.exception())
 
     # ----------------------------------------------------------------- in the thread
 
