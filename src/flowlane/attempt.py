@@ -212,7 +212,8 @@ class Attempt:
         handling = self.engine.handling(self.lane, unit.unit_type)
         if handling is None:
             raise Permanent(
-                f"stage {self.stage.name} yielded {type(unit).__name__}, which no stage of lane {self.lane} handles"
+                f"stage {self.stage.name} yielded {type(unit).__name__}, "
+                f"which no stage of lane {self.lane} handles"
             )
         head = self.origin
         child = Event(
@@ -459,7 +460,8 @@ class Attempt:
             ) from None
         if size > _MAX_STEP_RESULT:
             raise Permanent(
-                f"step {name!r} returned {size:,} bytes, the limit is {_MAX_STEP_RESULT:,}: store it, return its URL"
+                f"step {name!r} returned {size:,} bytes, the limit is {_MAX_STEP_RESULT:,}: "
+                "store it, and return its URL"
             )
         steps[name] = msgspec.to_builtins(result)
         await self.record(events.STEP_DONE, moved=True)

@@ -155,7 +155,7 @@ def load_lane(reference: str) -> Lane:
         ConfigError: there is no such file, module or name, or importing it raised: in one line, with the
             line of the user's file.
     """
-    place, _, name = reference.partition(":") if not reference[1:3] == ":\\" else (reference, "", "")
+    place, _, name = reference.partition(":") if reference[1:3] != ":\\" else (reference, "", "")
     name = name or "lane"
     module = _import_file(Path(place)) if place.endswith(".py") or "/" in place else _import_module(place)
     lane = getattr(module, name, None)
@@ -177,7 +177,8 @@ def _import_file(path: Path) -> ModuleType:
             f"there is no lane file {path}: give path/to/file.py[:name] or package.module[:name]"
         )
     spec = spec_from_file_location(f"flowlane_lane_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = module_from_spec(spec)
     sys.modules[spec.name] = module
     sys.path.insert(0, str(path.parent.absolute()))

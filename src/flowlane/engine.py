@@ -57,7 +57,8 @@ class Handling:
         self.generator = inspect.isasyncgenfunction(stage.handler)
         if not self.generator and not inspect.iscoroutinefunction(stage.handler):
             raise ConfigError(
-                f"stage {stage.name} of lane {stage.lane} is not async: write `async def {stage.handler.__name__}`"
+                f"stage {stage.name} of lane {stage.lane} is not async: "
+                f"write `async def {stage.handler.__name__}`"
             )
 
 
@@ -157,7 +158,8 @@ class Engine:
             return msgspec.json.decode(raw, type=unit)
         except msgspec.DecodeError as error:
             raise Permanent(
-                f"the payload of {what} does not fit {unit.__name__} ({error}): add schema= and upcasters to the class"
+                f"the payload of {what} does not fit {unit.__name__} ({error}): "
+                "add schema= and upcasters to the class"
             ) from None
 
     # ------------------------------------------------------------------ triggering
@@ -325,7 +327,8 @@ class Engine:
             result = await handling.stage.handler(attempt.event, attempt)
             if result is not None:
                 raise Permanent(
-                    f"stage {handling.stage.name} returned {result!r:.60}: return nothing; yield the units you find"
+                    f"stage {handling.stage.name} returned {result!r:.60}: "
+                    "return nothing; yield the units you find"
                 )
         attempt.outcome = "settled"
         self.committer.submit(attempt.conclude(attempt.kind), attempt)

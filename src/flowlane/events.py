@@ -86,7 +86,8 @@ def encode(event: Event) -> bytes:
     raw = _encoder.encode(event)
     if len(raw) > MAX_EVENT_BYTES:
         raise Permanent(
-            f"event {event.type} of {event.subject} has {len(raw):,} bytes, the limit is {MAX_EVENT_BYTES:,}: "
+            f"event {event.type} of {event.subject} has {len(raw):,} bytes, "
+            f"the limit is {MAX_EVENT_BYTES:,}: "
             "put the bulk into a store and its URL into the event"
         )
     return raw

@@ -146,7 +146,8 @@ def _key_part(unit: Unit, name: str) -> str:
     if isinstance(value, date | int):
         return str(value)
     raise Permanent(
-        f"unit {type(unit).__name__} has {type(value).__name__} in its key field {name!r}: use text or numbers"
+        f"unit {type(unit).__name__} has {type(value).__name__} in its key field {name!r}: "
+        "use text or numbers"
     )
 
 

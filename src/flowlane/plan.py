@@ -1,4 +1,4 @@
-"""The plan: what a run would find, before anything moves. Discovery is run for real, and nothing is logged."""
+"""The plan: what a run would find, before anything moves. Discovery runs for real; nothing is logged."""
 
 from __future__ import annotations
 

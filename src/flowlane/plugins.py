@@ -99,7 +99,8 @@ class Registry:
             key = (item.kind, item.scheme)
             if key in self._table:
                 raise PluginError(
-                    f"plugins {self._table[key][1]!r} and {name!r} both open {item.scheme}:// as {item.kind}: "
+                    f"plugins {self._table[key][1]!r} and {name!r} both open "
+                    f"{item.scheme}:// as {item.kind}: "
                     "uninstall one of them"
                 )
             self._table[key] = (item, name)

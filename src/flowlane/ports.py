@@ -148,7 +148,7 @@ class Backend(Protocol):
         ...
 
     def scan(self, lane: str, *, run: str | None = None) -> AsyncIterator[Event]:
-        """Every event of `lane` (of one `run` of it), each stream's in order; for people, not for decisions."""
+        """Every event of `lane` (of one `run` of it), each stream's in order; for people, not decisions."""
         ...
 
     def units(self, lane: str, index: Index) -> AsyncIterator[Event]:

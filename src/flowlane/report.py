@@ -75,7 +75,10 @@ def _failure(lane: Lane, now: Progress, total: StageTally) -> str:
         return f"{total.dead - total.redriven} units are dead"
     budget = max((stage.policy.error_budget for stage in lane.stages), default=0.0)
     if total.counts.quarantined > budget * total.counts.records_in:
-        return f"{total.counts.quarantined} of {total.counts.records_in} records are in quarantine, over the budget of {budget:.2%}"
+        return (
+            f"{total.counts.quarantined} of {total.counts.records_in} records are in quarantine, "
+            f"over the budget of {budget:.2%}"
+        )
     if not total.counts.conserved:
         return "records are unaccounted for: in + expanded is not out + skipped + quarantined"
     return ""

@@ -135,7 +135,6 @@ class _Copy:
         goal = self.state.position.offset
         self.offset = 0 if prover else goal
         self.crc = 0 if prover else self.state.position.crc
-        pin = self.state.etag or etag
         try:
             async with source.read(
                 url, start=self.offset, etag=self.state.etag or etag, headers=headers
@@ -204,7 +203,8 @@ class _Copy:
     async def _keep(self) -> None:
         """What is uploaded so far survives this attempt, if the source can be pinned to go on from there."""
         if not self.state.etag:
-            return await self._discard()
+            await self._discard()
+            return
         flushed = await self.upload.flush()
         if flushed == self.offset:
             position = Position(self.offset, 0, self.crc)
@@ -280,7 +280,8 @@ class _Load:
                 raise Superseded(f"{split.url} was replaced while it was being loaded")
             if not split.replayable:
                 raise Permanent(
-                    f"{split.url} cannot be read in the same order twice, and {state.position.row:,} rows of it "
+                    f"{split.url} cannot be read in the same order twice, "
+                    f"and {state.position.row:,} rows of it "
                     "went out: give it a key to read by"
                 )
         async with sink.open(split, self.attempt.ref, state.upload) as writer:
@@ -341,7 +342,8 @@ class _Load:
         budget = self.attempt.stage.policy.error_budget
         if counts.records_in >= BUDGET_FLOOR and counts.quarantined > budget * counts.records_in:
             raise Permanent(
-                f"{counts.quarantined:,} of {counts.records_in:,} records are bad, more than the error budget of "
+                f"{counts.quarantined:,} of {counts.records_in:,} records are bad, "
+                f"more than the error budget of "
                 f"{budget:.2%}: see the quarantine, fix the source or the map, then redrive"
             )
 

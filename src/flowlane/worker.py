@@ -21,7 +21,7 @@ from flowlane.sweep import sweep
 
 logger = logging.getLogger("flowlane")
 
-#: Seconds that SIGTERM leaves to running attempts: to reach a safe point in the first half, to commit in the rest.
+#: Seconds that SIGTERM leaves to running attempts: half to reach a safe point, half to commit.
 GRACE = 20.0
 _SWEEP_EVERY = 15.0
 _DEAD_LISTED = 1000

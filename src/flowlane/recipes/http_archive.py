@@ -56,9 +56,13 @@ class Bookmark(Fact, type="bookmark"):
     """How far the archive is covered: every period before ``next`` is a unit, pending, or a gap."""
 
     next: str
-    pending: dict[str, Pending] = {}
-    gaps: list[tuple[str, str]] = []  #: [first, last] periods, both inclusive, in order
-    etags: dict[str, str] = {}  #: refresh only: the version last found of each recent period
+    pending: dict[str, Pending] = msgspec.field(default_factory=dict)
+    gaps: list[tuple[str, str]] = msgspec.field(
+        default_factory=list
+    )  #: [first, last] periods, both inclusive, in order
+    etags: dict[str, str] = msgspec.field(
+        default_factory=dict
+    )  #: refresh only: the version last found of each recent period
 
 
 def http_archive(
@@ -76,7 +80,7 @@ def http_archive(
     refresh: bool = False,
     policy: Policy | None = None,
 ) -> Lane:
-    """A lane that lands the archive of every period from `start` (inclusive) to `until` (exclusive, or for ever).
+    """A lane that lands the archive of each period from `start` (inclusive) to `until` (exclusive).
 
     `url` is a ``str.format`` template over the period's beginning, the UTC datetime ``t``; so may `to` be,
     the folder they land in. A period is asked for once it is over; one that is missing for longer than
