@@ -56,6 +56,7 @@ class Attempt:
         "_waiting_since",
         "deadline",
         "delivery",
+        "ending",
         "engine",
         "event",
         "final",
@@ -86,6 +87,7 @@ class Attempt:
         self.moved = False
         self.kind: Terminal = "unit.settled"
         self.final: Event | None = None
+        self.ending: Callable[[], Commit] = lambda: self.conclude(self.kind)
         self.outcome = ""
         self._progress: Progress | None = None
         self._children: builtins.list[tuple[Event, Stage]] = []
@@ -322,31 +324,26 @@ class Attempt:
 
     def conclude(self, kind: Terminal, reason: str = "") -> Commit:
         """The commit that ends the unit: terminal event, tally, what was found, and the ack."""
-        untouched = self._progress is None and not reason
+        self.ending = lambda: self.conclude(kind, reason)
+        untouched = self._progress is None and not reason and self.origin.version == 1
         if not untouched:
             if kind != events.UNIT_SKIPPED:
                 self.progress.reason = reason
             self.progress.delay = 0.0
-        if self._children:
-            self.progress.children += len(self._children)
-        self.kind = kind
-        data = None if untouched and not self._children else self.progress
-        self.final = self.make(kind, data)
+        self.final = self.make(kind, None) if untouched and not self._children else self._make_last(kind)
         commit = self._commit(self.final, self._final_tally(kind), ack=self.delivery)
         if kind == "unit.dead":
             commit = self._with_notice(commit, reason)
         return commit
 
-    def conclude_again(self, conflict: VersionConflict) -> Commit:
-        """The same end without the children that exist already.
+    def end_again(self, conflict: VersionConflict) -> Commit:
+        """The attempt's last commit once more, without the children that exist already.
 
         Raises:
             VersionConflict: the unit itself (or a fact) has moved on.
         """
-        before = len(self._children)
         self.drop_known(conflict)
-        self.progress.children -= before
-        return self.conclude(self.kind, self.progress.reason)
+        return self.ending()
 
     def _final_tally(self, kind: Terminal) -> tuple[Tally, ...]:
         counts = self.progress.counts if self._progress is not None else None
@@ -382,11 +379,6 @@ class Attempt:
             publish=[*commit.publish, Publish(notice, handling.stage.queue)],
         )
 
-    def discard_found(self) -> None:
-        """Forget what was found and is not registered yet: it will be found again, or never."""
-        self._children = []
-        self._facts = {}
-
     @property
     def has_facts(self) -> bool:
         """Whether a fact is part of what is not committed yet."""
@@ -398,13 +390,21 @@ class Attempt:
         return self.event.cut
 
     def postpone(self, kind: str, delay: float, reason: str = "") -> Commit:
-        """The commit that hands the unit to a later delivery: a retry, or a continuation. What was found but
-        not yet registered will be found again."""
-        self.discard_found()
+        """The commit that hands the unit to a later delivery, for a retry or a continuation, and registers
+        what was found up to here."""
+        self.ending = lambda: self.postpone(kind, delay, reason)
         self.progress.reason = reason
         self.progress.delay = delay
-        self.final = self.make(kind, self.progress)
+        self.final = self._make_last(kind)
         return self._commit(self.final, (), ack=self.delivery, again=delay)
+
+    def _make_last(self, kind: str) -> Event:
+        """The event that ends the attempt, which counts the children committed with it."""
+        self.progress.children += len(self._children)
+        try:
+            return self.make(kind, self.progress)
+        finally:
+            self.progress.children -= len(self._children)
 
     # ------------------------------------------------------------------ the rest of the context
 

@@ -372,7 +372,6 @@ class Engine:
 
     def _dead(self, attempt: Attempt, reason: str) -> Commit:
         attempt.outcome = "dead"
-        attempt.discard_found()
         return attempt.conclude("unit.dead", reason)
 
     async def _overtaken(self, attempt: Attempt) -> bool:
@@ -401,7 +400,7 @@ class Engine:
         """See a last commit through that did not simply succeed, and do what a success owes."""
         try:
             while isinstance(result, VersionConflict):
-                commit = attempt.conclude_again(result)
+                commit = attempt.end_again(result)
                 result = await self.commit(commit)
             if isinstance(result, BaseException):
                 result = await self._again(commit, attempt, result)
@@ -415,7 +414,7 @@ class Engine:
         known = await self._look_up(attempt.final)
         result = known if known is not None else await self.commit(commit)
         while isinstance(result, VersionConflict):
-            commit = attempt.conclude_again(result)
+            commit = attempt.end_again(result)
             result = await self.commit(commit)
         if known is not None:
             await attempt.delivery.ack()

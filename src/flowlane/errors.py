@@ -21,6 +21,7 @@ went wrong, where, and what to do.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from urllib.parse import urlsplit, urlunsplit
 
 
 class FlowlaneError(Exception):
@@ -79,3 +80,13 @@ class VersionConflict(Fenced):
     def __init__(self, heads: Mapping[str, int]) -> None:
         super().__init__("version conflict on " + ", ".join(f"{s} (head {v})" for s, v in heads.items()))
         self.heads = dict(heads)
+
+
+def redact(uri: str) -> str:
+    """`uri` fit for messages: without user, password and query, any of which may hold a secret."""
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        return uri.partition("?")[0]
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path, "", "")) if parts.scheme else uri.partition("?")[0]

@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl, urlsplit, urlunsplit
 import pluggy
 
 from flowlane import hookspecs
-from flowlane.errors import ConfigError, PluginError
+from flowlane.errors import ConfigError, PluginError, redact
 from flowlane.hookspecs import API, Kind, Provides, hookimpl
 from flowlane.ports import Environment
 
@@ -179,13 +179,3 @@ class Registry:
                 f"({type(error).__name__}: {error})"
             ) from error
         return factory
-
-
-def redact(uri: str) -> str:
-    """`uri` fit for messages: without user, password and query, any of which may hold a secret."""
-    try:
-        parts = urlsplit(uri)
-    except ValueError:
-        return uri.partition("?")[0]
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, host, parts.path, "", "")) if parts.scheme else uri.partition("?")[0]

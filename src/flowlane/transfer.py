@@ -8,8 +8,8 @@ reading resumes: batches in between are cut the same way again, counted, and fou
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
-from contextlib import aclosing
+from collections.abc import Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -26,6 +26,7 @@ from flowlane.errors import (
     Permanent,
     Retryable,
     Superseded,
+    redact,
 )
 from flowlane.ports import (
     Bad,
@@ -44,7 +45,7 @@ from flowlane.ports import (
     Writer,
 )
 from flowlane.state import Counts, Position, Transfer
-from flowlane.streams.inflate import Proof, prove
+from flowlane.streams.inflate import prove
 
 if TYPE_CHECKING:
     from flowlane.attempt import Attempt
@@ -99,23 +100,25 @@ async def copy(  # the parameters are the promise of ``Context.copy``
     ) as upload:
         if upload.position != position or not position:
             state = Transfer(high=state.high)
-        work = _Copy(attempt, name, state, upload, verify, overwrite)
+        work = _Copy(attempt, name, state, upload, url, verify == "content")
         await work.log(events.UPLOAD_OPENED)
-        return await work.run(source, url, to, headers, etag)
+        await work.run(source, headers, etag)
+        return await work.publish(to, overwrite)
 
 
 class _Copy:
     """One object on its way through one upload: every block proven, counted and checksummed as it passes."""
 
-    def __init__(  # what one copy is made of
-        self, attempt: Attempt, name: str, state: Transfer, upload: Upload, verify: str, overwrite: bool
+    def __init__(
+        self, attempt: Attempt, name: str, state: Transfer, upload: Upload, url: str, decode: bool
     ) -> None:
         self.attempt = attempt
         self.name = name
         self.state = state
         self.upload = upload
-        self.verify = verify
-        self.overwrite = overwrite
+        self.url = url
+        self.where = redact(url)
+        self.prover = prove(url.partition("?")[0]) if decode else None
         self.offset = 0
         self.crc = 0
         self.logged_at = attempt.engine.clock.monotonic()
@@ -127,23 +130,21 @@ class _Copy:
         await self.attempt.record(kind, moved=False)
         self.logged_at = self.attempt.engine.clock.monotonic()
 
-    async def run(
-        self, source: Store, url: str, to: str, headers: Mapping[str, str] | None, etag: str
-    ) -> ObjectInfo:
-        """Move the bytes, prove them, make them visible."""
-        prover = prove(url.partition("?")[0]) if self.verify == "content" else None
+    async def run(self, source: Store, headers: Mapping[str, str] | None, etag: str) -> None:
+        """Move the bytes into the upload, and prove them whole."""
         goal = self.state.position.offset
-        self.offset = 0 if prover else goal
-        self.crc = 0 if prover else self.state.position.crc
+        if self.prover is None:
+            self.offset, self.crc = goal, self.state.position.crc
+        pin = self.state.etag or etag
         try:
-            async with source.read(
-                url, start=self.offset, etag=self.state.etag or etag, headers=headers
-            ) as body:
+            async with source.read(self.url, start=self.offset, etag=pin, headers=headers) as body:
                 self.state = msgspec.structs.replace(self.state, etag=body.info.etag)
-                if prover is None and not body.proven_length:
-                    raise Permanent(f"{url}: neither a length nor a checksum tells whether its body is whole")
-                await self._pass_on(body, prover, goal)
-            await self._prove(url, prover)
+                if self.prover is None and not body.proven_length:
+                    raise Permanent(
+                        f"{self.where}: neither a length nor a checksum tells whether it is whole"
+                    )
+                await self._pass_on(body, goal)
+            self._prove()
         except Damaged:
             await self._discard()
             raise
@@ -151,54 +152,62 @@ class _Copy:
             await self._discard()
             if etag:
                 raise
-            raise Incomplete(f"{url} was replaced while it was being read: starting afresh") from None
+            raise Incomplete(f"{self.where} was replaced while it was being read: starting afresh") from None
         except Retryable:
             await self._keep()
             raise
-        return await self._publish(to)
 
-    async def _pass_on(self, body: Body, prover: Proof | None, goal: int) -> None:
+    async def _pass_on(self, body: Body, goal: int) -> None:
         clock = self.attempt.engine.clock
         rhythm = float(self.attempt.stage.policy.lease) / 3
         async for block in body:
             if not self.offset:
-                check_magic(body.info.url, block)
+                check_magic(self.where, block)
             cut = max(0, min(goal - self.offset, len(block)))
             if cut:  # a resumed upload holds these already; the decoder needs to see them again
-                await self._digest(block[:cut], prover)
+                await self._digest(block[:cut])
                 if self.offset == goal and self.crc != self.state.position.crc:
-                    raise Superseded(
-                        f"{body.info.url}: the first {goal:,} bytes are not the ones read before"
-                    )
+                    raise Superseded(f"{self.where}: its first {goal:,} bytes are not those read before")
             if cut < len(block):
                 rest = block[cut:] if cut else block
-                await self._digest(rest, prover)
+                await self._digest(rest)
                 await self.upload.write(rest)
             if self.offset <= goal:
                 continue
             if self.attempt.near_deadline():
                 await self._keep()
-                raise Interrupted(f"{self.offset:,} bytes of {body.info.url} have landed so far")
+                raise Interrupted(f"{self.offset:,} bytes of {self.where} have landed so far")
             if clock.monotonic() - self.logged_at > rhythm:
                 await self._keep()
                 await self.log(events.BATCH_WRITTEN)
 
-    async def _digest(self, block: bytes, prover: Proof | None) -> None:
-        if prover is None:
+    async def _digest(self, block: bytes) -> None:
+        if self.prover is None:
             self.crc = zlib.crc32(block, self.crc)
         else:
-            self.crc = await self.attempt.engine.clock.offload(lambda: self._decode(block, prover))
+            with self._refuted():
+                self.crc = await self.attempt.engine.clock.offload(lambda: self._decode(block))
         self.offset += len(block)
 
-    def _decode(self, block: bytes, prover: Proof) -> int:
-        prover.feed(block)
+    def _decode(self, block: bytes) -> int:
+        assert self.prover is not None
+        self.prover.feed(block)
         return zlib.crc32(block, self.crc)
 
-    async def _prove(self, url: str, prover: Proof | None) -> None:
+    def _prove(self) -> None:
         if not self.offset:
-            raise Damaged(f"{url}: the body is empty")
-        if prover is not None:
-            prover.close()
+            raise Damaged(f"{self.where}: the body is empty")
+        if self.prover is not None:
+            with self._refuted():
+                self.prover.close()
+
+    @contextmanager
+    def _refuted(self) -> Iterator[None]:
+        """Whatever decoding refutes cannot be built upon, and is said with where it came from."""
+        try:
+            yield
+        except Incomplete as error:
+            raise Damaged(f"{self.where}: {error}") from None
 
     async def _keep(self) -> None:
         """What is uploaded so far survives this attempt, if the source can be pinned to go on from there."""
@@ -219,8 +228,9 @@ class _Copy:
         self.state = Transfer(high=self.state.high)
         self.attempt.progress.transfers[self.name] = self.state
 
-    async def _publish(self, to: str) -> ObjectInfo:
-        if self.overwrite:
+    async def publish(self, to: str, overwrite: bool) -> ObjectInfo:
+        """Make the object visible, whole."""
+        if overwrite:
             # Nothing in the store tells a zombie's replacement from ours: ask the log, then replace.
             await self._keep()
             await self.log(events.BATCH_WRITTEN)
@@ -380,14 +390,13 @@ async def _enrich(function: Enricher, records: list[Record]) -> list[Record]:
     return result
 
 
-def check_magic(url: str, block: bytes) -> None:
+def check_magic(where: str, block: bytes) -> None:
     """Raises:
     Damaged: the body does not begin as a file of its name's kind does (an error page, say).
     """
-    path = url.partition("?")[0]
     for suffix, magic in ((".gz", b"\x1f\x8b"), (".zst", b"\x28\xb5\x2f\xfd"), (".zip", b"PK")):
-        if path.endswith(suffix) and not block.startswith(magic):
-            raise Damaged(f"{url} is not a {suffix} file: it begins with {bytes(block[:40])!r}")
+        if where.endswith(suffix) and not block.startswith(magic):
+            raise Damaged(f"{where} is not a {suffix} file: it begins with {bytes(block[:40])!r}")
 
 
 def quarantine_url(folder: str, attempt: Attempt, split: Split, start: Position) -> str:

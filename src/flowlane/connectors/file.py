@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Final, TypeVar
 
-from flowlane.clock import rfc3339
+from flowlane.clock import Clock, rfc3339
 from flowlane.connectors.hop import hop
 from flowlane.connectors.parts import Part, discard, is_part, is_part_of
 from flowlane.connectors.paths import matches, path_of, split_pattern, url_of
@@ -45,27 +45,27 @@ _NOT_A_TARGET: Final = {
 async def open_store(uri: str, environment: Environment) -> AsyncIterator[FileStore]:
     """The store of this machine's files. A ``?`` in a URL belongs to a pattern: there are no options."""
     split_pattern(uri)
-    yield FileStore(environment)
+    yield FileStore(environment.clock)
 
 
 class FileStore:
     """See ``ports.Store``; `headers` mean nothing to a file."""
 
-    def __init__(self, environment: Environment) -> None:
-        self._environment = environment
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
 
     async def head(self, url: str, *, headers: Mapping[str, str] | None = None) -> ObjectInfo | None:
         """See ``Store.head``."""
         path = path_of(url)
         with _reading(url):
-            return await hop(_info, path)
+            return await hop(self._clock, _info, path)
 
     async def list(self, url: str) -> AsyncIterator[ObjectInfo]:
         """See ``Store.list``. A URL that ends in a slash means everything below it."""
         directory, pattern = split_pattern(url)
         found = _listing(directory, pattern)
         with _reading(url):
-            while some := await hop(_take, found):
+            while some := await hop(self._clock, _take, found):
                 for info in some:
                     yield info
 
@@ -83,10 +83,10 @@ class FileStore:
 
     @asynccontextmanager
     async def _read(self, url: str, start: int, end: int | None, etag: str) -> AsyncIterator[Body]:
-        body = FileBody(path_of(url), start, end)
+        body = FileBody(self._clock, path_of(url), start, end)
         try:
             with _reading(url):
-                await hop(body.open)
+                await hop(self._clock, body.open)
             info = body.info
             if etag and etag != info.etag:
                 raise Superseded(f"{url}: the file was changed: its ETag is {info.etag}, no longer {etag}")
@@ -98,7 +98,7 @@ class FileStore:
 
     @asynccontextmanager
     async def upload(
-        self, url: str, *, owner: str, resume: str = "", overwrite: bool = False
+        self, url: str, *, owner: str, resume: str = "", position: int = 0, overwrite: bool = False
     ) -> AsyncIterator[Upload]:
         """See ``Store.upload``. The id is the name of the part, which lies next to the target."""
         target = path_of(url)
@@ -106,27 +106,27 @@ class FileStore:
             raise ConfigError(f"cannot write {url}: it names a directory")
         if resume and not is_part_of(resume, target):
             raise Permanent(f"cannot write {url}: {resume!a} is no unfinished upload to it")
-        upload = FileUpload(url, target, overwrite)
+        upload = FileUpload(self._clock, url, target, overwrite)
         try:
             with _writing(url):
-                await upload.open(owner, resume)
+                await upload.open(owner, resume, position)
             yield upload
         finally:
-            await hop(upload.close)
+            await hop(self._clock, upload.close)
 
     async def orphans(self, url: str, *, older: float) -> AsyncIterator[str]:
         """The URLs of the parts below the directory `url` that were not touched for `older` seconds."""
-        limit = self._environment.clock.now().timestamp() - older
+        limit = self._clock.now().timestamp() - older
         found = _orphans(path_of(url), limit)
         with _reading(url):
-            while some := await hop(_take, found):
+            while some := await hop(self._clock, _take, found):
                 for part in some:
                     yield url_of(part)
 
     async def discard(self, url: str) -> bool:
         """Remove the part at `url`, unless somebody is writing to it; whether it was removed."""
         with _writing(url):
-            return await hop(discard, path_of(url))
+            return await hop(self._clock, discard, path_of(url))
 
 
 class FileBody:
@@ -134,7 +134,8 @@ class FileBody:
 
     proven_length = True
 
-    def __init__(self, path: Path, start: int, end: int | None) -> None:
+    def __init__(self, clock: Clock, path: Path, start: int, end: int | None) -> None:
+        self._clock = clock
         self._path = path
         self._file = -1
         self._position = start
@@ -167,7 +168,7 @@ class FileBody:
         stop = size if self._end is None else min(self._end, size)
         while self._position < stop:
             with _reading(url):
-                block, etag = await hop(self._next, min(BLOCK, stop - self._position))
+                block, etag = await hop(self._clock, self._next, min(BLOCK, stop - self._position))
             if etag != self._info.etag:
                 raise Superseded(f"{url}: the file was written to while it was read")
             if not block:
@@ -183,7 +184,8 @@ class FileBody:
 class FileUpload:
     """See ``ports.Upload``."""
 
-    def __init__(self, url: str, target: Path, overwrite: bool) -> None:
+    def __init__(self, clock: Clock, url: str, target: Path, overwrite: bool) -> None:
+        self._clock = clock
         self._url = url
         self._target = target
         self._overwrite = overwrite
@@ -203,19 +205,19 @@ class FileUpload:
         """See ``Upload``: what ``flush`` has put on the disk."""
         return self._position
 
-    async def open(self, owner: str, resume: str) -> None:
-        """Take over the part called `resume`, or make a new one."""
-        await hop(self._begin, owner, resume)
-        while await hop(self._mine.catch_up):
+    async def open(self, owner: str, resume: str, position: int) -> None:
+        """Take over `position` bytes of the part called `resume`, or make a new one."""
+        await hop(self._clock, self._begin, owner, resume, position)
+        while await hop(self._clock, self._mine.catch_up):
             pass
         if self._mine.size:
-            self._position = await hop(self._mine.sync)
+            self._position = await hop(self._clock, self._mine.sync)
 
-    def _begin(self, owner: str, resume: str) -> None:
-        # Kept from within the thread: a cancellation between here and there must not lose an open file.
+    def _begin(self, owner: str, resume: str, position: int) -> None:
+        # Kept from within the thread: a cancellation on the way back must not lose an open file.
         if resume:
-            self._part = Part.take_over(self._target, owner, resume)
-        if self._part is None:
+            self._part = Part.take_over(self._target, owner, resume, position)
+        else:
             self._part = Part.create(self._target, owner)
 
     async def write(self, block: bytes) -> None:
@@ -229,7 +231,7 @@ class FileUpload:
         """See ``Upload.flush``."""
         await self._drain()
         with _writing(self._url):
-            self._position = await hop(self._mine.sync)
+            self._position = await hop(self._clock, self._mine.sync)
         return self._position
 
     async def commit(self) -> ObjectInfo:
@@ -237,7 +239,7 @@ class FileUpload:
         if self._done is None:
             await self._drain()
             with _writing(self._url):
-                self._done = await hop(self._publish)
+                self._done = await hop(self._clock, self._publish)
             self._position = self._mine.size
         return self._done
 
@@ -245,7 +247,7 @@ class FileUpload:
         """See ``Upload.abort``; what was committed stays."""
         self._blocks, self._held, self._position = [], 0, 0
         with _writing(self._url):
-            await hop(self._mine.abort)
+            await hop(self._clock, self._mine.abort)
 
     def close(self) -> None:
         """Let go of the part, which stays where it is."""
@@ -262,7 +264,7 @@ class FileUpload:
         blocks, self._blocks, self._held = self._blocks, [], 0
         if blocks:
             with _writing(self._url):
-                await hop(self._mine.write, blocks)
+                await hop(self._clock, self._mine.write, blocks)
 
     def _publish(self) -> ObjectInfo:
         self._mine.publish(overwrite=self._overwrite)

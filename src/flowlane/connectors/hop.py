@@ -1,29 +1,32 @@
-"""One hop into a thread, which a cancellation waits for."""
+"""One hop off the loop, which a cancellation waits for."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
+
+from flowlane.clock import Clock
 
 T = TypeVar("T")
 
 
-async def hop(work: Callable[..., T], *args: object) -> T:
-    """What `work(*args)` returns, called in a thread of the loop's default executor.
+async def hop(clock: Clock, work: Callable[..., T], *args: object) -> T:
+    """What `work(*args)` returns, run off the loop by `clock`.
 
     A thread cannot be interrupted. So a cancellation is held back until `work` has returned (keep it short:
     about 1 MiB at a time), and the caller may then close what it worked on.
     """
-    future = asyncio.get_running_loop().run_in_executor(None, work, *args)
+    task = asyncio.ensure_future(clock.offload(partial(work, *args)))
     try:
-        return await asyncio.shield(future)
+        return await asyncio.shield(task)
     except asyncio.CancelledError:
-        while not future.done():
+        while not task.done():
             try:
-                await asyncio.wait([future])
+                await asyncio.wait([task])
             except asyncio.CancelledError:
                 continue  # the first one is about to be raised
-        if not future.cancelled():
-            future.exception()  # retrieved: the cancellation is what the caller sees
+        if not task.cancelled():
+            task.exception()  # retrieved: the cancellation is what the caller sees
         raise

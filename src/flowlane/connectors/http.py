@@ -93,7 +93,7 @@ class HttpStore:
 
     @asynccontextmanager
     async def upload(
-        self, url: str, *, owner: str, resume: str = "", overwrite: bool = False
+        self, url: str, *, owner: str, resume: str = "", position: int = 0, overwrite: bool = False
     ) -> AsyncIterator[Upload]:
         """Refused: there is no one way to write over HTTP."""
         raise ConfigError(f"{redact(url)} cannot be written to: choose a file:// or s3:// target")

@@ -79,46 +79,48 @@ class Part:
             raise
 
     @classmethod
-    def take_over(cls, target: Path, owner: str, name: str) -> Part | None:
-        """What the part called `name` holds, as `owner`'s own once ``catch_up`` is through; ``None`` if it is
-        gone."""
+    def take_over(cls, target: Path, owner: str, name: str, position: int) -> Part:
+        """The first `position` bytes of the part called `name`, as `owner`'s own once ``catch_up`` is
+        through, or an empty part if they are gone. The part called `name` is no more."""
         old = target.parent / name
         try:
             descriptor = os.open(old, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
-            return None
+            return cls.create(target, owner)
         try:
-            free = _lock(descriptor)
-            if not _same(descriptor, old):
-                os.close(descriptor)
-                return None
+            alone = _lock(descriptor)
+            found = os.fstat(descriptor)
+            enough = 0 < position <= found.st_size and _same(descriptor, old)
             # A part with a second name is an object already: its owner died between link and unlink.
-            if free and os.fstat(descriptor).st_nlink == 1:
+            if enough and alone and found.st_nlink == 1:
                 path = target.parent / part_name(target, owner)
+                os.ftruncate(descriptor, position)
                 old.replace(path)
                 return cls(path, target, descriptor)
             part = cls.create(target, owner)
-            part._source = _Source(descriptor, old, os.fstat(descriptor).st_size)
-            return part
         except BaseException:
             os.close(descriptor)
             raise
+        part._source = _Source(descriptor, old, position if enough else 0)
+        return part
 
     def catch_up(self) -> bool:
-        """Copy some of what is taken over; whether more is to come. The old part only ever grew, so what was
-        in it when it was found is final; it is removed in the end."""
+        """Copy some of what is taken over; whether more is to come. If somebody else took the old part over
+        meanwhile, nothing is known of the bytes copied, and the part is empty again."""
         source = self._source
-        block = (
-            os.pread(source.file, min(_COPY, source.size - self.size), self.size) if source.file >= 0 else b""
-        )
+        if source.file < 0:
+            return False
+        block = os.pread(source.file, min(_COPY, source.size - self.size), self.size)
         if block:
             self.write([block])
             return True
-        if source.file >= 0:
-            if source.path != self.path:
-                source.path.unlink(missing_ok=True)
-            os.close(source.file)
-            self._source = _Source(-1, self.path, 0)
+        if source.path != self.path:
+            if self.size < source.size or not _same(source.file, source.path):
+                os.ftruncate(self._file, 0)
+                self.size = 0
+            source.path.unlink(missing_ok=True)
+        os.close(source.file)
+        self._source = _Source(-1, self.path, 0)
         return False
 
     def write(self, blocks: Sequence[bytes]) -> None:

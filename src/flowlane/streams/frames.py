@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import zstandard
 
-from flowlane.errors import Incomplete
+from flowlane.errors import Damaged
 from flowlane.streams.preview import preview
 
 #: A frame may ask for this much memory to be decoded, as for the ``zstd`` command (its ``--long=27``).
@@ -56,9 +56,9 @@ class Zstd:
     def close(self) -> None:
         """See ``inflate.Decoder.close``."""
         if self._step != self._magic or self._held or self._skip:
-            raise Incomplete(f"cut: the zstd body ends inside frame {self._frames + 1}")
+            raise Damaged(f"cut: the zstd body ends inside frame {self._frames + 1}")
         if not self._frames:
-            raise Incomplete("not zstd: there is no frame in it")
+            raise Damaged("not zstd: there is no frame in it")
 
     def _then(self, step: Callable[[], Iterator[bytes]], need: int) -> None:
         self._held.clear()
@@ -76,8 +76,8 @@ class Zstd:
         else:
             seen = preview(head + self._view[:40])
             if self._frames:
-                raise Incomplete(f"damaged: {seen} behind the end of zstd frame {self._frames}")
-            raise Incomplete(f"not zstd: it begins with {seen}")
+                raise Damaged(f"damaged: {seen} behind the end of zstd frame {self._frames}")
+            raise Damaged(f"not zstd: it begins with {seen}")
         yield from ()
 
     def _skippable(self) -> Iterator[bytes]:
@@ -105,7 +105,7 @@ class Zstd:
         head = int.from_bytes(self._held, "little")
         self._last, kind, size = head & 1, head >> 1 & 3, head >> 3
         if size > _MAX_BLOCK or kind > _COMPRESSED:
-            raise Incomplete(f"damaged: zstd frame {self._frames + 1} holds a block of an impossible kind")
+            raise Damaged(f"damaged: zstd frame {self._frames + 1} holds a block of an impossible kind")
         worth = _MAX_BLOCK if kind == _COMPRESSED else size
         if self._worth + worth > self._piece:
             yield from self._decode()
@@ -130,7 +130,7 @@ class Zstd:
         self._ready += self._held
         yield from self._decode()
         if not self._decompress.eof:
-            raise Incomplete(f"damaged: zstd frame {self._frames + 1} does not end where its blocks do")
+            raise Damaged(f"damaged: zstd frame {self._frames + 1} does not end where its blocks do")
         self._frames += 1
         self._then(self._magic, 4)
 
@@ -138,7 +138,7 @@ class Zstd:
         try:
             out = self._decompress.decompress(bytes(self._ready))
         except zstandard.ZstdError as error:
-            raise Incomplete(f"damaged or undecodable: zstd frame {self._frames + 1}: {error}") from None
+            raise Damaged(f"damaged or undecodable: zstd frame {self._frames + 1}: {error}") from None
         self._ready.clear()
         self._worth = 0
         if out:

@@ -1,6 +1,6 @@
 """Decoding encoded bodies by the block, and proving that they are whole: no I/O, bounded output.
 
-Whatever is cut, damaged or not of the kind its name promises raises ``Incomplete``. This is pure computation;
+Whatever is cut, damaged or not of the kind its name promises raises ``Damaged``. This is pure computation;
 callers run it in a thread, one hop per large block: isal, zlib and zstandard release the GIL while they work.
 """
 
@@ -20,7 +20,7 @@ class Decoder(Protocol):
         """The non-empty pieces (256 KiB at most) that `block` adds; use them up before the next block.
 
         Raises (while iterating):
-            Incomplete: the body is damaged, or of another kind.
+            Damaged: the body is damaged, or of another kind.
         """
         ...
 
@@ -28,7 +28,7 @@ class Decoder(Protocol):
         """Nothing more will come.
 
         Raises:
-            Incomplete: the body was empty, or ended before its end.
+            Damaged: the body was empty, or ended before its end.
         """
         ...
 
@@ -73,7 +73,7 @@ class Proof:
         """Follow the body through `block`. 1 MiB of GH Archive takes about 5 ms: call it in a thread.
 
         Raises:
-            Incomplete: the body is damaged, or of another kind.
+            Damaged: the body is damaged, or of another kind.
         """
         for piece in self._decoder.feed(block):
             self.decoded += len(piece)
@@ -83,7 +83,7 @@ class Proof:
         """The body has ended; returns if that proves it whole.
 
         Raises:
-            Incomplete: it was empty, or ended before its end.
+            Damaged: it was empty, or ended before its end.
         """
         self._decoder.close()
 

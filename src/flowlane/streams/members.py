@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, Final, NamedTuple
 
-from flowlane.errors import Incomplete
+from flowlane.errors import Damaged
 from flowlane.streams.preview import preview
 
 #: A decoded piece has at most this many bytes. Small enough to stay in the CPU's cache between the inflater
@@ -80,11 +80,11 @@ class Gzip:
         """See ``inflate.Decoder.close``."""
         if self._step != self._between:
             parts = {self._header: "header", self._deflate: "data", self._trailer: "trailer"}
-            raise Incomplete(
+            raise Damaged(
                 f"cut: the body ends inside the {parts[self._step]} of gzip member {self._members + 1}"
             )
         if not self._members:
-            raise Incomplete("not gzip: the body is empty")
+            raise Damaged("not gzip: the body is empty")
 
     def _take(self, count: int) -> bytes:
         taken = self._block[self._at : self._at + count]
@@ -104,9 +104,7 @@ class Gzip:
         if not _MAGIC.startswith(held[:3]) or (len(held) > 3 and held[3] & _RESERVED):
             where = f"behind the end of gzip member {self._members}"
             seen = preview(held)
-            raise Incomplete(
-                f"damaged: {seen} {where}" if self._members else f"not gzip: it begins with {seen}"
-            )
+            raise Damaged(f"damaged: {seen} {where}" if self._members else f"not gzip: it begins with {seen}")
         end = header_end(held, self._engine.crc32)
         if end:
             self._held = b""
@@ -116,7 +114,7 @@ class Gzip:
             self._crc = self._length = 0
             self._slice = _FIRST_SLICE
         elif len(held) > MAX_HEADER:
-            raise Incomplete(f"damaged: a gzip header of more than {MAX_HEADER:,} bytes")
+            raise Damaged(f"damaged: a gzip header of more than {MAX_HEADER:,} bytes")
         else:
             self._held = held
         yield from ()
@@ -130,7 +128,7 @@ class Gzip:
             try:
                 out = self._inflate.decompress(data, self._piece)
             except self._engine.error as error:
-                raise Incomplete(f"damaged: gzip member {self._members + 1}: {error}") from None
+                raise Damaged(f"damaged: gzip member {self._members + 1}: {error}") from None
             if out:
                 self._crc = self._engine.crc32(out, self._crc)
                 self._length += len(out)
@@ -150,9 +148,9 @@ class Gzip:
             crc, length = (int.from_bytes(half, "little") for half in (self._held[:4], self._held[4:]))
             where = f"damaged: gzip member {self._members + 1}"
             if crc != self._crc:
-                raise Incomplete(f"{where} has CRC {self._crc:08x}, its trailer says {crc:08x}")
+                raise Damaged(f"{where} has CRC {self._crc:08x}, its trailer says {crc:08x}")
             if length != self._length & 0xFFFFFFFF:  # ISIZE is modulo 2^32
-                raise Incomplete(f"{where} has {self._length:,} bytes, its trailer says {length:,}")
+                raise Damaged(f"{where} has {self._length:,} bytes, its trailer says {length:,}")
             self._held = b""
             self._members += 1
             self._step = self._between
@@ -163,7 +161,7 @@ def header_end(held: bytes, crc32: Callable[[bytes, int], int]) -> int:
     """Where the gzip header at the beginning of `held` ends (RFC 1952, section 2.3); 0: not in it.
 
     Raises:
-        Incomplete: the header does not match its own CRC.
+        Damaged: the header does not match its own CRC.
     """
     if len(held) < 10:
         return 0
@@ -182,5 +180,5 @@ def header_end(held: bytes, crc32: Callable[[bytes, int], int]) -> int:
             len(held) >= end
             and int.from_bytes(held[end - 2 : end], "little") != crc32(held[: end - 2], 0) & 0xFFFF
         ):
-            raise Incomplete("damaged: a gzip header does not match its own CRC")
+            raise Damaged("damaged: a gzip header does not match its own CRC")
     return end if len(held) >= end else 0

@@ -46,6 +46,8 @@ class _Delivery(msgspec.Struct, eq=False, gc=False):
 class SqliteBackend:
     """See ``ports.Backend``. Safe for the tasks of one loop, and for every process that opens the file."""
 
+    exact_queue = True  # see ``ports.Backend``
+
     def __init__(self, clock: Clock, writer: Writer, reader: Reader, news: News) -> None:
         self._clock = clock
         self.writer = writer

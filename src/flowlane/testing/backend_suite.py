@@ -1,0 +1,636 @@
+"""The contract of ``ports.Backend`` (log, queue, tallies, indexes) as tests; subclass and run with pytest.
+
+::
+
+    class TestMine(BackendSuite):
+        @pytest.fixture
+        def storage(self, clock):
+            return lambda: lambda: open_backend("mine://", Environment(clock, connections))
+
+``storage()`` names a new, empty storage and returns what opens it; a ``persistent`` backend finds there again
+what was written before. A backend whose leases follow its server's clock sets ``elapse`` to really wait, a
+short ``LEASE``, and ``WAIT`` for a queue that does not show at once what was published. pytest-asyncio runs in
+auto mode. Needs ``flowlane[test]``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import ClassVar
+
+import msgspec
+import pytest
+
+from flowlane import events
+from flowlane.errors import Permanent, VersionConflict
+from flowlane.events import MAX_ACTIONS, MAX_EVENT_BYTES, Event
+from flowlane.ports import Append, Backend, Commit, Committed, Delivery, Index, Publish, Tally
+from flowlane.state import Counts, RunTally, StageTally
+from flowlane.testing.backend_model import Opener, Storage, check_against_model
+from flowlane.testing.manual import ManualClock
+from flowlane.testing.units import (
+    LANE,
+    RUN,
+    append,
+    applied,
+    discover,
+    following,
+    found,
+    listed,
+    settle,
+    within,
+)
+
+
+class Suite:
+    """What the suites share: a clock, a storage, an open backend."""
+
+    persistent: ClassVar[bool] = False
+    LEASE: ClassVar[float] = 30.0
+    WAIT: ClassVar[float] = 0.0
+
+    @pytest.fixture
+    def clock(self) -> ManualClock:
+        return ManualClock()
+
+    @pytest.fixture
+    def storage(self, clock: ManualClock) -> Storage:
+        raise NotImplementedError("override the fixture `storage`, see the module's docstring")
+
+    @pytest.fixture
+    def opener(self, storage: Storage) -> Opener:
+        return storage()
+
+    @pytest.fixture
+    async def backend(self, opener: Opener) -> AsyncIterator[Backend]:
+        async with opener() as backend:
+            yield backend
+
+    async def elapse(self, clock: ManualClock, seconds: float) -> None:
+        """`seconds` go by, as far as leases and delays are concerned."""
+        clock.advance(seconds)
+
+    async def receive(
+        self, backend: Backend, limit: int = 10, stages: Sequence[str] = ("load",)
+    ) -> Sequence[Delivery]:
+        """What is due now, under a lease of ``LEASE`` seconds."""
+        return await backend.receive(stages, limit, lease=self.LEASE, wait=self.WAIT)
+
+    async def receive_one(self, backend: Backend, stage: str = "load") -> Delivery:
+        """The one delivery that is due now."""
+        (delivery,) = await self.receive(backend, stages=(stage,))
+        return delivery
+
+
+async def index(backend: Backend, which: Index, lane: str = LANE) -> set[str]:
+    """The streams of `lane` in the index."""
+    return {head.subject for head in await listed(backend.units(lane, which))}
+
+
+class LogSuite(Suite):
+    """Streams, conditional appends, groups of commits."""
+
+    async def test_a_stream_is_read_as_it_was_appended(self, backend: Backend) -> None:
+        first = found("a", data={"text": 'ünï "quoted" \\ \n', "n": [1, 2.5, None]})
+        second = following(first, events.ATTEMPT_STARTED, attempt=1, token=2)
+        third = following(second, events.UNIT_SETTLED)
+        await applied(backend, Commit((append(first, second),)))
+        await applied(backend, Commit((append(third),)))
+        assert await listed(backend.read(first.subject)) == [first, second, third]
+        assert await listed(backend.read(first.subject, after=1)) == [second, third]
+        assert await listed(backend.read(first.subject, after=3)) == []
+        assert await listed(backend.read("suite/none")) == []
+
+    async def test_last_has_the_streams_that_exist(self, backend: Backend) -> None:
+        a, b = found("a"), found("b")
+        await applied(backend, Commit((append(a),)), Commit((append(b, following(b)),)))
+        last = await backend.last([a.subject, "suite/none", b.subject])
+        assert {name: event.version for name, event in last.items()} == {a.subject: 1, b.subject: 2}
+        assert await backend.last([]) == {}
+
+    async def test_a_unit_is_found_once(self, backend: Backend) -> None:
+        await applied(backend, discover(found("a")))
+        (again,) = await backend.commit([discover(found("a"))])
+        assert isinstance(again, VersionConflict)
+        assert again.heads == {"suite/a": 1}
+
+    @pytest.mark.parametrize("expected", [0, 1, 3, 7])
+    async def test_an_append_expects_the_head_exactly(self, backend: Backend, expected: int) -> None:
+        first = found("a")
+        await applied(backend, Commit((append(first, following(first)),)))
+        late = msgspec.structs.replace(first, id="late", version=expected + 1)
+        (answer,) = await backend.commit([Commit((Append(first.subject, expected, (late,)),))])
+        assert isinstance(answer, VersionConflict)
+        assert answer.heads == {first.subject: 2}
+        assert len(await listed(backend.read(first.subject))) == 2
+
+    async def test_nothing_of_a_commit_in_conflict_is_applied(self, backend: Backend) -> None:
+        taken, other = found("taken"), found("other")
+        await applied(backend, discover(taken))
+        delivery = await self.receive_one(backend)
+        commit = Commit(
+            (append(other), append(found("taken"))),
+            (Publish(other, "load"),),
+            (Tally(RUN, 0, "load", found=1, closed=True),),
+            delivery,
+        )
+        (answer,) = await backend.commit([commit])
+        assert isinstance(answer, VersionConflict)
+        assert answer.heads == {taken.subject: 1}
+        assert await backend.last([other.subject]) == {}
+        assert await backend.tally(RUN, 0) == RunTally(False, {"load": StageTally(found=1)})
+        assert await index(backend, "open") == {taken.subject}
+        assert await self.receive(backend) == []
+        await delivery.nack()
+        assert (await self.receive_one(backend)).event == taken  # the ack was not applied either
+
+    async def test_a_conflict_leaves_the_others_of_its_group_alone(self, backend: Backend) -> None:
+        await applied(backend, discover(found("b")))
+        answers = await backend.commit([discover(found(key)) for key in "abc"])
+        assert [type(answer) for answer in answers] == [Committed, VersionConflict, Committed]
+        assert set(await backend.last(["suite/a", "suite/c"])) == {"suite/a", "suite/c"}
+        assert (await backend.tally(RUN, 0)).stages["load"].found == 3
+
+    async def test_a_group_is_applied_in_order(self, backend: Backend) -> None:
+        first = found("a")
+        second = following(first, events.ATTEMPT_STARTED)
+        await applied(backend, Commit((append(first),)), Commit((append(second),)))
+        assert await listed(backend.read(first.subject)) == [first, second]
+
+    async def test_what_builds_upon_a_conflict_conflicts(self, backend: Backend) -> None:
+        await applied(backend, Commit((append(found("a")),)))
+        mine = found("a")
+        one, two = following(mine), following(following(mine))
+        answers = await backend.commit(
+            [Commit((append(found("b")), append(mine))), Commit((append(two),)), Commit((append(one),))]
+        )
+        assert [type(answer) for answer in answers] == [VersionConflict, VersionConflict, Committed]
+        assert await backend.last(["suite/b"]) == {}
+
+    async def test_of_two_in_one_group_the_first_wins(self, backend: Backend) -> None:
+        one, two = found("a"), found("a")
+        answers = await backend.commit([Commit((append(one),)), Commit((append(two),))])
+        assert [type(answer) for answer in answers] == [Committed, VersionConflict]
+        assert await listed(backend.read("suite/a")) == [one]
+
+    async def test_filter_and_resubmit(self, backend: Backend) -> None:
+        await applied(backend, discover(found("b")), discover(found("d")))
+        chunk = [found(key) for key in "abcde"]
+        while True:
+            (answer,) = await backend.commit([Commit([append(event) for event in chunk])])
+            if isinstance(answer, Committed):
+                break
+            assert answer.heads
+            chunk = [event for event in chunk if event.subject not in answer.heads]
+        assert [event.subject for event in chunk] == ["suite/a", "suite/c", "suite/e"]
+
+    async def test_one_winner_for_each_version(self, backend: Backend) -> None:
+        first = found("a")
+        await applied(backend, Commit((append(first),)))
+
+        async def contend() -> int:
+            won = 0
+            while won < 5:
+                head = (await backend.last([first.subject]))[first.subject]
+                (answer,) = await backend.commit([Commit((append(following(head, events.BATCH_WRITTEN)),))])
+                won += isinstance(answer, Committed)
+            return won
+
+        await within(60, asyncio.gather(*(contend() for _ in range(8))))
+        stream = await listed(backend.read(first.subject))
+        assert [event.version for event in stream] == list(range(1, 42))
+
+    async def test_a_commit_holds_so_many_actions(self, backend: Backend) -> None:
+        half = MAX_ACTIONS // 2
+        full = Commit(
+            [append(found(f"a{n}")) for n in range(half)],
+            (),
+            [Tally(RUN, 0, f"s{n}", found=1) for n in range(half)],
+        )
+        await applied(backend, full)
+        first = found("long")
+        stream = [first]
+        while len(stream) <= MAX_ACTIONS:
+            stream.append(following(stream[-1], events.BATCH_WRITTEN))
+        for wrong in (
+            Commit([append(found(f"b{n}")) for n in range(MAX_ACTIONS)], (), (Tally(RUN, 0, "s0", found=1),)),
+            Commit((append(*stream),)),
+        ):
+            with pytest.raises(Permanent):
+                await backend.commit([Commit((append(found("innocent")),)), wrong])
+        assert await backend.last(["suite/b0", "suite/innocent", first.subject]) == {}
+
+    async def test_what_cannot_be_an_append_is_refused(self, backend: Backend) -> None:
+        event = found("a")
+        for wrong in (
+            Commit((Append("suite/b", 0, (event,)),)),
+            Commit((Append(event.subject, 1, (event,)),)),
+            Commit((Append(event.subject, 0, (event, event)),)),
+            Commit((Append(event.subject, 0, ()),)),
+            Commit((append(event), append(event))),
+            Commit((append(found("a", data="x" * MAX_EVENT_BYTES)),)),
+        ):
+            with pytest.raises(Permanent):
+                await backend.commit([wrong])
+        assert await backend.last([event.subject]) == {}
+
+    async def test_an_event_may_be_long(self, backend: Backend) -> None:
+        event = found("a", data="x" * (MAX_EVENT_BYTES - 2000))
+        await applied(backend, discover(event))
+        delivery = await self.receive_one(backend)
+        assert delivery.event == event == delivery.head
+
+    @pytest.mark.parametrize("key", ["it's", 'a "b"', "a\\b", "ü/☃", "a%b_c", "a\nb", "[]{},", "x" * 900])
+    async def test_names_from_data_are_data(self, backend: Backend, key: str) -> None:
+        event = found(key)
+        await applied(backend, discover(event))
+        assert await backend.last([event.subject]) == {event.subject: event}
+        assert await listed(backend.read(event.subject)) == [event]
+        assert await index(backend, "open") == {event.subject}
+        await applied(backend, settle(await self.receive_one(backend)))
+        assert await index(backend, "open") == set()
+
+    async def test_reopening_finds_everything(self, opener: Opener, clock: ManualClock) -> None:
+        if not self.persistent:
+            pytest.skip("nothing is kept")
+        async with opener() as backend:
+            await applied(backend, *(discover(found(key)) for key in "abc"))
+            held, gone = await self.receive(backend, 2)
+            await applied(backend, settle(gone))
+        async with opener() as backend:
+            assert len(await backend.last(["suite/a", "suite/b", "suite/c"])) == 3
+            assert len(await index(backend, "open")) == 2
+            assert (await backend.tally(RUN, 0)).stages["load"] == StageTally(found=3, settled=1)
+            free = await self.receive_one(backend)
+            assert free.event.subject not in (held.event.subject, gone.event.subject)
+            await self.elapse(clock, self.LEASE)
+            assert {d.event.subject: d.attempt for d in await self.receive(backend)} == {
+                held.event.subject: 2,
+                free.event.subject: 2,
+            }
+
+
+class IndexSuite(Suite):
+    """Scans, indexes, tallies."""
+
+    async def test_units_follow_the_heads(self, backend: Backend) -> None:
+        first = found("a")
+        await applied(backend, Commit((append(first),)))
+        assert await listed(backend.units(LANE, "open")) == [first]
+        head = first
+        for type, where in (
+            (events.ATTEMPT_STARTED, "open"),
+            (events.ATTEMPT_FAILED, "open"),
+            (events.UNIT_DEAD, "dead"),
+            (events.UNIT_REDRIVEN, "open"),
+            (events.UNIT_DEAD, "dead"),
+            (events.UNIT_REDRIVEN, "open"),
+            (events.UNIT_SETTLED, None),
+        ):
+            head = following(head, type)
+            await applied(backend, Commit((append(head),)))
+            for which in ("open", "dead"):
+                assert await listed(backend.units(LANE, which)) == ([head] if which == where else [])
+
+    @pytest.mark.parametrize("end", [events.UNIT_SETTLED, events.UNIT_SKIPPED, events.UNIT_SUPERSEDED])
+    async def test_a_unit_that_ends_where_it_begins_is_in_no_index(self, backend: Backend, end: str) -> None:
+        first, second = found("a"), found("b")
+        await applied(backend, Commit((append(first, following(first, end)),)))
+        await applied(backend, Commit((append(second),)), Commit((append(following(second, end)),)))
+        assert await index(backend, "open") == await index(backend, "dead") == set()
+
+    async def test_facts_are_in_no_index(self, backend: Backend) -> None:
+        fact = found("bookmark", stage="")
+        await applied(backend, Commit((append(fact),)))
+        await applied(backend, Commit((append(following(fact, "bookmark.moved")),)))
+        assert await index(backend, "open") == await index(backend, "dead") == set()
+
+    async def test_a_run_is_open_until_it_is_completed(self, backend: Backend) -> None:
+        run = found("run/1", run=RUN)
+        closed = following(run, events.UNIT_SETTLED)
+        await applied(backend, Commit((append(run),)), Commit((append(closed),)))
+        assert await index(backend, "open") == {RUN}
+        await applied(backend, Commit((append(following(closed, events.RUN_COMPLETED, completed=[0])),)))
+        assert await index(backend, "open") == await index(backend, "dead") == set()
+
+    async def test_lanes_do_not_see_each_other(self, backend: Backend) -> None:
+        mine, other = found("a"), found("a", lane="suite2", run="suite2/run/1")
+        await applied(backend, discover(mine), discover(other))
+        assert await listed(backend.units(LANE, "open")) == [mine]
+        assert await listed(backend.scan(LANE)) == [mine]
+        assert await listed(backend.units("suite2", "open")) == [other]
+        assert await listed(backend.scan("suite3")) == []
+
+    async def test_scan_has_every_stream_in_order(self, backend: Backend) -> None:
+        streams: dict[str, list[Event]] = {}
+        for n in range(700):
+            first = found(f"u{n:03}", run=f"suite/run/{n % 2}")
+            streams[first.subject] = [first, following(first, events.ATTEMPT_STARTED)]
+        everything = list(streams.values())
+        for at in range(0, len(everything), 50):
+            await applied(backend, *(Commit((append(s[0]),)) for s in everything[at : at + 50]))
+        for at in range(0, len(everything), 50):
+            await applied(backend, *(Commit((append(s[1]),)) for s in everything[at : at + 50]))
+        for run in (None, "suite/run/1"):
+            seen: dict[str, list[Event]] = {}
+            async for event in backend.scan(LANE, run=run):
+                seen.setdefault(event.subject, []).append(event)
+            assert seen == {s: both for s, both in streams.items() if run is None or both[0].run == run}
+        assert await index(backend, "open") == set(streams)
+
+    async def test_tallies_add_up(self, backend: Backend) -> None:
+        counts = Counts(1, 2, 3, 4, 5, 6, 7)
+
+        async def add(n: int) -> None:
+            await applied(
+                backend,
+                Commit((append(found(f"u{n}")),), (), (Tally(RUN, 0, "load", found=2, counts=counts),)),
+                Commit((), (), (Tally(RUN, 0, "load", settled=1, dead=1), Tally(RUN, 1, "load", redriven=1))),
+                Commit((), (), (Tally(RUN, 0, "copy", settled=1, skipped=1, superseded=1),)),
+            )
+
+        await within(60, asyncio.gather(*(add(n) for n in range(40))))
+        total = await backend.tally(RUN, 0)
+        assert total.stages["load"] == StageTally(80, 40, 40, counts=Counts(40, 80, 120, 160, 200, 240, 280))
+        assert total.stages["copy"] == StageTally(settled=40, skipped=40, superseded=40)
+        assert not total.closed
+        assert (await backend.tally(RUN, 1)).stages == {"load": StageTally(redriven=40)}
+        assert await backend.tally("suite/run/none", 0) == RunTally()
+
+    async def test_a_commit_tells_of_completeness_only_when_it_is_true(self, backend: Backend) -> None:
+        key = (RUN, 0)
+
+        async def count(*tallies: Tally) -> RunTally | None:
+            (answer,) = await applied(backend, Commit((), (), tallies))
+            now = await backend.tally(RUN, 0)
+            if answer.tally is None:  # the backend does not say
+                return now if now.complete else None
+            told = answer.tally.get(key)
+            assert (told is not None) == now.complete
+            assert told is None or told == now
+            return told
+
+        assert await count(Tally(RUN, 0, "load", found=2)) is None
+        assert await count(Tally(RUN, 0, "load", settled=2)) is None
+        assert await count(Tally(RUN, 0, "load", found=1, closed=True)) is None
+        complete = await count(Tally(RUN, 0, "load", settled=1, dead=1))
+        assert complete == RunTally(True, {"load": StageTally(3, 3, 1)})
+        (other,) = await applied(backend, Commit((), (), (Tally(RUN, 1, "load", found=1),)))
+        assert not other.tally
+
+    async def test_an_empty_run_is_complete_when_it_is_closed(self, backend: Backend) -> None:
+        await applied(backend, Commit((), (), (Tally(RUN, 0, "find", closed=True),)))
+        assert (await backend.tally(RUN, 0)).complete
+
+    async def test_somebody_sees_that_the_last_one_settled(self, backend: Backend) -> None:
+        await applied(backend, Commit((), (), (Tally(RUN, 0, "load", found=30, closed=True),)))
+        seen: list[bool] = []
+
+        async def settle_one() -> None:
+            (answer,) = await applied(backend, Commit((), (), (Tally(RUN, 0, "load", settled=1),)))
+            complete = (await backend.tally(RUN, 0)).complete if answer.tally is None else bool(answer.tally)
+            seen.append(complete)
+
+        await within(60, asyncio.gather(*(settle_one() for _ in range(30))))
+        assert any(seen)
+
+
+class QueueSuite(Suite):
+    """Deliveries, leases, delays."""
+
+    async def test_a_delivery_carries_its_event_and_the_head(self, backend: Backend) -> None:
+        event = found("a")
+        await applied(backend, discover(event))
+        delivery = await self.receive_one(backend)
+        assert isinstance(delivery, Delivery)
+        assert (delivery.event, delivery.stage, delivery.attempt, delivery.head) == (event, "load", 1, event)
+        assert await self.receive(backend) == []
+
+    async def test_the_head_is_that_of_the_receive(self, backend: Backend) -> None:
+        event = found("a")
+        later = following(event, events.BATCH_WRITTEN)
+        await applied(backend, discover(event))
+        await applied(backend, Commit((append(later),)))
+        delivery = await self.receive_one(backend)
+        assert (delivery.event, delivery.head) == (event, later)
+
+    async def test_an_event_that_stands_in_the_log_may_be_published(self, backend: Backend) -> None:
+        event = found("a")
+        later = following(event, events.ATTEMPT_FAILED)
+        await applied(backend, Commit((append(event),)))
+        await applied(backend, Commit((append(later),), (Publish(event, "load"),)))
+        delivery = await self.receive_one(backend)
+        assert (delivery.event, delivery.head) == (event, later)
+
+    async def test_stages_get_their_own(self, backend: Backend) -> None:
+        await applied(
+            backend, *(discover(found(f"{s}{n}", stage=s)) for s in ("x", "y", "z") for n in range(2))
+        )
+        got = await self.receive(backend, stages=("x", "z"))
+        assert {(d.stage, d.event.subject) for d in got} == {
+            (s, f"suite/{s}{n}") for s in "xz" for n in range(2)
+        }
+        assert {d.event.subject for d in await self.receive(backend, stages=("y",))} == {
+            "suite/y0",
+            "suite/y1",
+        }
+
+    async def test_no_stage_starves(self, backend: Backend) -> None:
+        await applied(backend, *(discover(found(f"x{n}", stage="x")) for n in range(20)))
+        await applied(backend, discover(found("y", stage="y")))
+        got = [await self.receive(backend, 1, ("x", "y")) for _ in range(4)]
+        assert "y" in {d.stage for some in got for d in some}
+
+    async def test_at_most_limit(self, backend: Backend) -> None:
+        await applied(backend, *(discover(found(f"u{n}")) for n in range(5)))
+        sizes = [len(await self.receive(backend, limit)) for limit in (2, 0, 2, 9)]
+        assert sizes[1] == 0
+        assert max(sizes[0], sizes[2]) <= 2
+        assert sum(sizes) == 5
+
+    async def test_what_is_acked_is_gone(self, backend: Backend, clock: ManualClock) -> None:
+        await applied(backend, discover(found("a")), discover(found("b")))
+        one, two = await self.receive(backend)
+        await one.ack()
+        await one.ack()
+        await applied(backend, settle(two))
+        await self.elapse(clock, self.LEASE * 2)
+        assert await self.receive(backend) == []
+
+    async def test_a_lease_ends(self, backend: Backend, clock: ManualClock) -> None:
+        event = found("a")
+        await applied(backend, discover(event))
+        await self.receive_one(backend)
+        started = following(event, events.ATTEMPT_STARTED)
+        await applied(backend, Commit((append(started),)))
+        await self.elapse(clock, self.LEASE)
+        again = await self.receive_one(backend)
+        assert (again.event, again.attempt, again.head) == (event, 2, started)
+
+    async def test_a_stale_delivery_changes_nothing(self, backend: Backend, clock: ManualClock) -> None:
+        await applied(backend, discover(found("a")))
+        stale = await self.receive_one(backend)
+        await self.elapse(clock, self.LEASE)
+        fresh = await self.receive_one(backend)
+        await stale.ack()
+        await stale.nack()
+        assert await stale.extend(1) is False
+        assert await self.receive(backend) == []
+        assert await fresh.extend(self.LEASE) is True
+        head = stale.head
+        assert head is not None
+        await applied(backend, Commit((append(following(head)),), ack=stale))  # the commit stands
+        await self.elapse(clock, self.LEASE)
+        assert (await self.receive_one(backend)).attempt == 3
+
+    async def test_a_stale_ack_hits_no_later_message(self, backend: Backend, clock: ManualClock) -> None:
+        await applied(backend, discover(found("a")))
+        stale = await self.receive_one(backend)
+        await stale.ack()
+        await applied(backend, discover(found("b")))  # may get the place of the other
+        await self.receive_one(backend)
+        await stale.ack()
+        await stale.nack()
+        await self.elapse(clock, self.LEASE)
+        assert (await self.receive_one(backend)).event.subject == "suite/b"
+
+    async def test_nack_delivers_again(self, backend: Backend, clock: ManualClock) -> None:
+        await applied(backend, discover(found("a")))
+        await (await self.receive_one(backend)).nack()
+        second = await self.receive_one(backend)
+        assert second.attempt == 2
+        await second.nack(delay=self.LEASE)
+        assert await self.receive(backend) == []
+        await self.elapse(clock, self.LEASE)
+        assert (await self.receive_one(backend)).attempt == 3
+
+    async def test_extend_moves_the_end_of_the_lease(self, backend: Backend, clock: ManualClock) -> None:
+        await applied(backend, discover(found("a")))
+        delivery = await self.receive_one(backend)
+        for _ in range(3):
+            await self.elapse(clock, self.LEASE * 0.75)
+            assert await delivery.extend(self.LEASE) is True
+            assert await self.receive(backend) == []
+        await self.elapse(clock, self.LEASE)
+        assert (await self.receive_one(backend)).attempt == 2
+        assert await delivery.extend(self.LEASE) is False
+
+    async def test_a_delay_is_kept(self, backend: Backend, clock: ManualClock) -> None:
+        await applied(backend, discover(found("later"), delay=self.LEASE), discover(found("now")))
+        assert (await self.receive_one(backend)).event.subject == "suite/now"
+        await self.elapse(clock, self.LEASE)
+        assert "suite/later" in {d.event.subject for d in await self.receive(backend)}
+
+    async def test_a_reminder_of_a_queued_unit_is_dropped(self, backend: Backend, clock: ManualClock) -> None:
+        event = found("a")
+        reminder = Commit((), (Publish(event, "load", repeat=True),))
+        await applied(backend, discover(event), reminder)
+        delivery = await self.receive_one(backend)
+        await applied(backend, reminder)
+        assert await self.receive(backend) == []
+        await delivery.nack(delay=self.LEASE)
+        await applied(backend, reminder)
+        assert await self.receive(backend) == []
+        await self.elapse(clock, self.LEASE)
+        assert (await self.receive_one(backend)).attempt == 2
+
+    async def test_a_reminder_of_a_lost_message_is_sent(self, backend: Backend) -> None:
+        event = found("a")
+        reminder = Commit((), (Publish(event, "load", repeat=True),))
+        await applied(backend, Commit((append(event),)))
+        await applied(backend, reminder)
+        delivery = await self.receive_one(backend)
+        assert delivery.event == event
+        # A commit that acks the unit's delivery may publish it anew.
+        await applied(backend, Commit((), reminder.publish, ack=delivery))
+        assert (await self.receive_one(backend)).attempt == 1
+
+    async def test_purge_leaves_the_log(self, backend: Backend, clock: ManualClock) -> None:
+        event = found("a")
+        await applied(backend, discover(event), discover(found("b")), discover(found("c"), delay=1))
+        (held,) = await self.receive(backend, 1)
+        await backend.purge()
+        await self.elapse(clock, self.LEASE * 2)
+        assert await self.receive(backend) == []
+        await held.ack()
+        await held.nack()
+        assert await held.extend(1) is False
+        assert len(await backend.last(["suite/a", "suite/b", "suite/c"])) == 3
+        assert await index(backend, "open") == {"suite/a", "suite/b", "suite/c"}
+        assert (await backend.tally(RUN, 0)).stages["load"].found == 3
+        await applied(backend, Commit((), (Publish(event, "load", repeat=True),)))
+        assert (await self.receive_one(backend)).event == event
+
+    async def test_waiting_ends_when_something_comes(self, backend: Backend) -> None:
+        waiting = asyncio.create_task(within(30, backend.receive(["load"], 9, lease=9, wait=60)))
+        other = asyncio.create_task(within(30, backend.receive(["copy"], 9, lease=9, wait=60)))
+        await asyncio.sleep(0)
+        await applied(backend, discover(found("a")))
+        assert [d.event.subject for d in await waiting] == ["suite/a"]
+        await applied(backend, discover(found("b", stage="copy")))
+        (delivery,) = await other
+        waiting = asyncio.create_task(within(30, backend.receive(["copy"], 9, lease=9, wait=60)))
+        await asyncio.sleep(0)
+        await delivery.nack()
+        assert [d.attempt for d in await waiting] == [2]
+
+    async def test_waiting_ends_empty(self, backend: Backend) -> None:
+        assert await within(30, backend.receive(["load"], 9, lease=9, wait=0.01)) == []
+
+    async def test_who_is_cancelled_takes_nothing_along(self, backend: Backend) -> None:
+        for n in range(20):
+            task = asyncio.create_task(backend.receive(["load"], 9, lease=self.LEASE, wait=60))
+            for _ in range(n % 5):
+                await asyncio.sleep(0)
+            publishing = asyncio.create_task(applied(backend, discover(found(f"u{n}"))))
+            for _ in range(n % 7):
+                await asyncio.sleep(0)
+            task.cancel()
+            await publishing
+            (first,) = await asyncio.gather(task, return_exceptions=True)
+            got = (
+                first if isinstance(first, Sequence) else await backend.receive(["load"], 9, lease=9, wait=30)
+            )
+            assert [d.event.subject for d in got] == [f"suite/u{n}"]
+            await got[0].ack()
+
+    async def test_a_cancelled_commit_is_whole_or_not_there(self, backend: Backend) -> None:
+        for n in range(20):
+            task = asyncio.create_task(applied(backend, discover(found(f"u{n}"))))
+            for _ in range(n % 4):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        await applied(backend, discover(found("end")))
+        there = {event.subject for event in await listed(backend.scan(LANE))}
+        assert (await backend.tally(RUN, 0)).stages["load"].found == len(there)
+        assert {d.event.subject for d in await self.receive(backend, 100)} == there
+        assert "suite/end" in there
+
+    async def test_many_workers_settle_each_unit_once(self, backend: Backend) -> None:
+        total = 400
+        for at in range(0, total, 50):
+            await applied(backend, *(discover(found(f"u{n}")) for n in range(at, at + 50)))
+        await applied(backend, Commit((), (), (Tally(RUN, 0, "load", closed=True),)))
+
+        async def work(size: int) -> int:
+            settled = 0
+            while not (await backend.tally(RUN, 0)).complete:
+                some = await backend.receive(["load"], size, lease=600, wait=0.01)
+                answers = await backend.commit([settle(delivery) for delivery in some])
+                settled += sum(isinstance(answer, Committed) for answer in answers)
+            return settled
+
+        assert sum(await within(60, asyncio.gather(*(work(n + 1) for n in range(8))))) == total
+        assert (await backend.tally(RUN, 0)).stages["load"] == StageTally(total, total)
+        assert await index(backend, "open") == set()
+        assert await self.receive(backend) == []
+
+
+class BackendSuite(LogSuite, IndexSuite, QueueSuite):
+    """All of it, and the comparison with a model; channels have a suite of their own, ``channel_suite``."""
+
+    @pytest.mark.parametrize("examples", [50])
+    def test_it_does_what_the_model_does(self, storage: Storage, clock: ManualClock, examples: int) -> None:
+        check_against_model(storage, clock, examples)
