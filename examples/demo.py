@@ -61,7 +61,9 @@ def serve_day(server: LyingServer) -> dict[str, bytes]:
         chosen = chance.sample(lines, k=len(lines) // 3)
         half = len(chosen) // 2
         # Two gzip members: legal, and what many readers silently cut after the first.
-        data = gzip.compress(b"".join(chosen[:half]), mtime=0) + gzip.compress(b"".join(chosen[half:]), mtime=0)
+        data = gzip.compress(b"".join(chosen[:half]), mtime=0) + gzip.compress(
+            b"".join(chosen[half:]), mtime=0
+        )
         name = f"{DAY}-{hour}.json.gz"
         path = f"/{name}"
         if hour == MISSING:
@@ -120,8 +122,12 @@ async def main() -> int:
             f"{len(good)} archives landed, byte for byte": landed == good,
             "the missing, the truncated and the error page left no file": len(landed) == 21,
             "the run said so: exit code 1": first_code == 1,
-            "the second run landed nothing and fetched nothing": again["units"]["found"] == fetched_again == 0,
-            "status names each refused hour": all(f"{DAY}T{h:02d}" in status for h in (MISSING, TRUNCATED, ERROR_PAGE)),
+            "the second run landed nothing and fetched nothing": again["units"]["found"]
+            == fetched_again
+            == 0,
+            "status names each refused hour": all(
+                f"{DAY}T{h:02d}" in status for h in (MISSING, TRUNCATED, ERROR_PAGE)
+            ),
         }
         for promise, kept in checks.items():
             print(f"{'ok  ' if kept else 'FAIL'} {promise}")

@@ -87,10 +87,11 @@ class Attempt:
         self.moved = False
         self.kind: Terminal = "unit.settled"
         self.final: Event | None = None
-        self.ending: Callable[[], Commit] = lambda: self.conclude(self.kind)
+        # Not a closure: it would hold the attempt, and each would wait for the garbage collector.
+        self.ending: tuple[Terminal, str] | tuple[str, float, str] = ("unit.settled", "")
         self.outcome = ""
         self._progress: Progress | None = None
-        self._children: builtins.list[tuple[Event, Stage]] = []
+        self._children: builtins.list[tuple[Event, Handling]] = []
         self._facts: dict[str, tuple[int, Event]] = {}
         self._known: dict[str, int] = {}
         self._ordinal = 0
@@ -144,13 +145,22 @@ class Attempt:
 
     def make(self, kind: str, data: Progress | None) -> Event:
         """The next event of the unit's own stream."""
-        return self.engine.event(
+        engine, origin = self.engine, self.origin
+        return Event(
+            engine.next_id(),
+            origin.source,
             kind,
-            self.origin,
-            version=self.version + 1,
-            data=events.EMPTY if data is None else msgspec.Raw(events.encode_data(data)),
-            cause=self.event.id,
-            stage=self.stage.name,
+            origin.subject,
+            engine.stamp(),
+            events.EMPTY if data is None else msgspec.Raw(events.encode_data(data)),
+            self.version + 1,
+            origin.run,
+            origin.round,
+            self.event.id,
+            self.handling.name,
+            "",
+            1,
+            origin.traceparent,
         )
 
     async def start(self) -> None:
@@ -211,32 +221,34 @@ class Attempt:
             await self.flush()
 
     def _add_child(self, unit: Unit) -> None:
-        handling = self.engine.handling(self.lane, unit.unit_type)
+        engine, head, lane = self.engine, self.origin, self.stage.lane
+        kind = unit.unit_type
+        handling = engine.handling(lane, kind)
         if handling is None:
             raise Permanent(
-                f"stage {self.stage.name} yielded {type(unit).__name__}, "
-                f"which no stage of lane {self.lane} handles"
+                f"stage {self.stage.name} yielded {type(unit).__name__}, which no stage of lane {lane} handles"
             )
-        head = self.origin
+        stream = stream_of(lane, unit)
+        if stream in self._known:
+            return
         child = Event(
-            self.engine.next_id(),
-            self.lane,
-            unit.unit_type,
-            stream_of(self.lane, unit),
-            self.engine.stamp(),
+            engine.next_id(),
+            lane,
+            kind,
+            stream,
+            engine.stamp(),
             msgspec.Raw(events.encode_data(unit)),
             1,
             head.run,
             head.round,
             self.event.id,
-            handling.stage.name,
+            handling.name,
             handling.cut,
             unit.unit_schema,
             head.traceparent,
         )
-        if child.subject not in self._known:
-            self._known[child.subject] = 0
-            self._children.append((child, handling.stage))
+        self._known[stream] = 0
+        self._children.append((child, handling))
 
     async def _add_fact(self, fact: Fact) -> None:
         stream = stream_of(self.lane, fact) if fact.unit_key else f"{self.lane}/{fact.unit_type}"
@@ -294,7 +306,7 @@ class Attempt:
         Raises:
             VersionConflict: it is not (only) children that conflict.
         """
-        left = [(child, stage) for child, stage in self._children if child.subject not in conflict.heads]
+        left = [found for found in self._children if found[0].subject not in conflict.heads]
         if len(self._children) - len(left) != len(conflict.heads):
             raise conflict
         self._children = left
@@ -302,29 +314,30 @@ class Attempt:
     def _commit(
         self, own: Event, tally: Sequence[Tally], *, ack: Delivery | None = None, again: float = -1.0
     ) -> Commit:
-        appends = [Append(self.unit, self.version, (own,))]
-        publish = []
-        tallies = list(tally)
-        if self._children or self._facts:
-            found: dict[str, int] = {}
-            for child, stage in self._children:
-                appends.append(Append(child.subject, 0, (child,)))
-                publish.append(Publish(child, stage.queue))
-                if stage.counted:
-                    found[stage.name] = found.get(stage.name, 0) + 1
-            appends.extend(
-                Append(stream, expected, (event,)) for stream, (expected, event) in self._facts.items()
-            )
-            tallies.extend(Tally(own.run, own.round, stage, found=n) for stage, n in found.items())
+        first = Append(own.subject, self.version, (own,))
+        if not self._children and not self._facts:
+            publish = (Publish(own, self.handling.queue, again),) if again >= 0 else ()
+            return Commit((first,), publish, tally, ack)
+        appends = [first]
+        published = []
+        found: dict[str, int] = {}
+        for child, handling in self._children:
+            appends.append(Append(child.subject, 0, (child,)))
+            published.append(Publish(child, handling.queue))
+            if handling.counted:
+                found[handling.name] = found.get(handling.name, 0) + 1
+        for stream, (expected, event) in self._facts.items():
+            appends.append(Append(stream, expected, (event,)))
+        tallies = [*tally, *[Tally(own.run, own.round, stage, n) for stage, n in found.items()]]
         if again >= 0:
-            publish.append(Publish(own, self.stage.queue, again))
-        return Commit(appends, publish, tallies, ack)
+            published.append(Publish(own, self.handling.queue, again))
+        return Commit(appends, published, tallies, ack)
 
     # ------------------------------------------------------------------ ending
 
     def conclude(self, kind: Terminal, reason: str = "") -> Commit:
         """The commit that ends the unit: terminal event, tally, what was found, and the ack."""
-        self.ending = lambda: self.conclude(kind, reason)
+        self.ending = (kind, reason)
         untouched = self._progress is None and not reason and self.origin.version == 1
         if not untouched:
             if kind != events.UNIT_SKIPPED:
@@ -343,15 +356,19 @@ class Attempt:
             VersionConflict: the unit itself (or a fact) has moved on.
         """
         self.drop_known(conflict)
-        return self.ending()
+        if len(self.ending) == 3:
+            return self.postpone(*self.ending)
+        return self.conclude(*self.ending)
 
     def _final_tally(self, kind: Terminal) -> tuple[Tally, ...]:
-        counts = self.progress.counts if self._progress is not None else None
+        counts = self._progress.counts if self._progress is not None else None
         head, name = self.origin, self.stage.name
         if self.stage.on == events.LANE_TRIGGERED:
             return (Tally(head.run, head.round, name, counts=counts, closed=True),)
-        if not self.stage.counted:
+        if not self.handling.counted:
             return ()
+        if counts is None and kind == events.UNIT_SETTLED:
+            return self.handling.settled(head.run, head.round)
         return (
             Tally(
                 head.run,
@@ -392,7 +409,7 @@ class Attempt:
     def postpone(self, kind: str, delay: float, reason: str = "") -> Commit:
         """The commit that hands the unit to a later delivery, for a retry or a continuation, and registers
         what was found up to here."""
-        self.ending = lambda: self.postpone(kind, delay, reason)
+        self.ending = (kind, delay, reason)
         self.progress.reason = reason
         self.progress.delay = delay
         self.final = self._make_last(kind)

@@ -23,6 +23,10 @@ class Deadline:
         self.at = at
         self.margin = margin
 
+    def left(self, now: float) -> float:
+        """Seconds until it is near."""
+        return max(0.0, self.at - self.margin - now)
+
     def near(self, now: float) -> bool:
         """Whether less than the margin is left."""
         return now >= self.at - self.margin

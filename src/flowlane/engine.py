@@ -22,7 +22,18 @@ from flowlane.deadline import Deadline, Interrupted
 from flowlane.errors import ConfigError, Fenced, Permanent, Retryable, Superseded, VersionConflict
 from flowlane.events import Event
 from flowlane.lane import Completed, Lane, Stage, Trigger, Unit, stream_of
-from flowlane.ports import Append, Backend, Bad, Commit, Committed, Connections, Delivery, Publish, Split
+from flowlane.ports import (
+    Append,
+    Backend,
+    Bad,
+    Commit,
+    Committed,
+    Connections,
+    Delivery,
+    Publish,
+    Split,
+    Tally,
+)
 from flowlane.report import Report, build_report
 from flowlane.state import Position, Progress, RunTally, progress, status
 from flowlane.transfer import quarantine_url
@@ -48,10 +59,15 @@ _COMMIT_TRIES = 4
 class Handling:
     """A stage with what the engine looks up for each of its deliveries."""
 
-    __slots__ = ("cut", "decoder", "generator", "stage")
+    __slots__ = ("_settled", "counted", "cut", "decoder", "generator", "handler", "name", "queue", "stage")
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
+        self.name = stage.name
+        self.queue = stage.queue
+        self.counted = stage.counted
+        self.handler = stage.handler
+        self._settled = (Tally("", 0, stage.name, 0, 1),)
         self.cut = str(stage.policy.cut)
         self.decoder = msgspec.json.Decoder(stage.unit)
         self.generator = inspect.isasyncgenfunction(stage.handler)
@@ -60,6 +76,13 @@ class Handling:
                 f"stage {stage.name} of lane {stage.lane} is not async: "
                 f"write `async def {stage.handler.__name__}`"
             )
+
+    def settled(self, run: str, round: int) -> tuple[Tally, ...]:
+        """What a unit that settles without records adds to its run's counters: the same for all of them."""
+        known = self._settled[0]
+        if known.run != run or known.round != round:
+            self._settled = (Tally(run, round, self.name, 0, 1),)
+        return self._settled
 
 
 class Engine:
@@ -179,11 +202,11 @@ class Engine:
             1,
             run,
             0,
-            str(getattr(event, "id", "") or ""),
+            _attribute(event, "id"),
             handling.stage.name,
             handling.cut,
             1,
-            str(getattr(event, "traceparent", "") or ""),
+            _attribute(event, "traceparent"),
         )
         result = await self.commit(
             Commit(appends=(Append(run, 0, (first,)),), publish=(Publish(first, handling.stage.queue),))
@@ -239,7 +262,7 @@ class Engine:
         if handling is None or head is None:
             return "failed"
         event = delivery.event
-        if status(head) != "open":
+        if head.version > 1 and status(head) != "open":  # no stream ends with its first event
             await self.repeat_obligations(head)
             await delivery.ack()
             return "settled"
@@ -256,7 +279,15 @@ class Engine:
                     return attempt
             first = head if head.version == 1 else await self._first(head.subject)
             attempt.event = self._typed(handling, first)
-            return await self._run_handler(attempt)
+            if handling.generator:
+                await self._discover(handling, attempt)
+            elif (result := await handling.handler(attempt.event, attempt)) is not None:
+                raise Permanent(
+                    f"stage {handling.name} returned {result!r:.60}: return nothing; yield the units you find"
+                )
+            attempt.outcome = "settled"
+            self.committer.submit(attempt.conclude(attempt.kind), attempt)
+            return attempt
         except Exception as error:  # noqa: BLE001  # a stage may raise anything; classified there
             return await self.fail(attempt, error)
 
@@ -311,28 +342,16 @@ class Engine:
             first.traceparent,
         )
 
-    async def _run_handler(self, attempt: Attempt) -> Attempt:
-        handling = attempt.handling
-        if handling.generator:
-            found = handling.stage.handler(attempt.event, attempt)
-            try:
-                async for item in found:
-                    await attempt.found(item)
-                    if attempt.near_deadline():
-                        await attempt.flush()
-                        raise Interrupted(f"{attempt.progress.children:,} units registered so far")
-            finally:
-                await found.aclose()
-        else:
-            result = await handling.stage.handler(attempt.event, attempt)
-            if result is not None:
-                raise Permanent(
-                    f"stage {handling.stage.name} returned {result!r:.60}: "
-                    "return nothing; yield the units you find"
-                )
-        attempt.outcome = "settled"
-        self.committer.submit(attempt.conclude(attempt.kind), attempt)
-        return attempt
+    async def _discover(self, handling: Handling, attempt: Attempt) -> None:
+        found = handling.handler(attempt.event, attempt)
+        try:
+            async for item in found:
+                await attempt.found(item)
+                if attempt.near_deadline():
+                    await attempt.flush()
+                    raise Interrupted(f"{attempt.progress.children:,} units registered so far")
+        finally:
+            await found.aclose()
 
     # ------------------------------------------------------------------ when it goes wrong
 
@@ -534,6 +553,12 @@ def describe(error: BaseException) -> str:
     if not isinstance(error, Permanent | Retryable | ConfigError | Superseded | Fenced | Interrupted):
         text = f"{type(error).__name__}: {text}"
     return text[:1000]
+
+
+def _attribute(event: Any, name: str) -> str:
+    """The text that an outer event (decoded JSON, or an ``Event``) has under `name`; empty without one."""
+    value = event.get(name) if isinstance(event, Mapping) else getattr(event, name, None)
+    return value if isinstance(value, str) else ""
 
 
 def _seconds(time: str) -> float:

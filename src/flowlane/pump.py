@@ -80,19 +80,27 @@ class _Station:
 
 
 class Pump:
-    """Handles deliveries while its context is open; ``receiving`` ones of its own, or only those fed to it.
+    """Handles deliveries while its context is open; ``receiving`` ones of its own, or only those fed to it;
+    of all stages, or of the one named `only`.
 
     Leaving the context waits for what runs (up to the deadline), gives back what was not begun, and waits for
     the last commits.
     """
 
-    def __init__(self, engine: Engine, deadline: Deadline, *, receiving: bool = True) -> None:
+    def __init__(
+        self, engine: Engine, deadline: Deadline, *, receiving: bool = True, only: str = ""
+    ) -> None:
         self.engine = engine
         self.deadline = deadline
         self.outcomes: dict[int, Outcome] = {}
+        self._awaited: dict[int, asyncio.Future[Outcome]] = {}
         self._keep_outcomes = not receiving
         self._receiving = receiving
-        self._stations = {queue: _Station(handling) for queue, handling in engine.queues.items()}
+        self._stations = {
+            queue: _Station(handling)
+            for queue, handling in engine.queues.items()
+            if only in ("", handling.stage.name)
+        }
         self._stack = AsyncExitStack()
         self._receivers: list[asyncio.Task[None]] = []
         self._slots: list[asyncio.Task[None]] = []
@@ -155,12 +163,25 @@ class Pump:
             else:
                 station.feed([delivery], now)
 
+    async def handle(self, delivery: Delivery) -> Outcome:
+        """Handle `delivery`; what became of it, once its last commit is through."""
+        station = self._stations.get(delivery.stage)
+        if station is None:
+            return "failed"
+        ended = self._awaited[id(delivery)] = asyncio.get_running_loop().create_future()
+        try:
+            station.feed([delivery], self.engine.clock.monotonic())
+            return await ended
+        finally:
+            del self._awaited[id(delivery)]
+
     async def until(self, condition: Awaitable[None]) -> None:
         """Work until `condition` returns, or the deadline is near."""
         waiting = asyncio.ensure_future(condition)
         try:
             while not waiting.done() and not self.deadline.near(self.engine.clock.monotonic()):
-                await asyncio.wait([waiting], timeout=0.2)
+                left = self.deadline.left(self.engine.clock.monotonic())
+                await asyncio.wait([waiting], timeout=min(0.2, left))
             if waiting.done():
                 waiting.result()
         finally:
@@ -254,6 +275,9 @@ class Pump:
     def _ended(self, delivery: Delivery, outcome: Outcome) -> None:
         if self._keep_outcomes:
             self.outcomes[id(delivery)] = outcome
+        awaited = self._awaited.get(id(delivery))
+        if awaited is not None and not awaited.done():
+            awaited.set_result(outcome)
         self._stations[delivery.stage].release(delivery)
 
     # ------------------------------------------------------------------ watching
@@ -269,7 +293,9 @@ class Pump:
         )
         last = clock.monotonic()
         while True:
-            await clock.sleep(tick)
+            now = clock.monotonic()
+            cut_off = self.deadline.at - self.deadline.margin / 2 - now
+            await clock.sleep(min(tick, cut_off) if cut_off > 0 else tick / 10)
             now = clock.monotonic()
             for station in self._stations.values():
                 self._watch_time(station, now)

@@ -40,7 +40,7 @@ async def run_once(
     left = {head.run async for head in app.backend.units(lane.name, "open") if head.run}
     run, _ = await app.engine.trigger(lane.name, slot, by="run" if event is None else "event", event=event)
     deadline = deadline or Deadline()
-    async with Pump(app.engine, deadline) as pump, _housekeeping(app, [lane]):
+    async with Pump(app.engine, deadline) as pump, housekeeping(app, [lane]):
         await pump.until(_drained(app, lane, {run, *left}))
     report = await report_of(app, lane, run)
     report.seconds = round(clock.monotonic() - began, 3)
@@ -73,7 +73,8 @@ async def report_of(app: Application, lane: Lane, run: str) -> Report:
 
 
 async def serve(app: Application, stop: asyncio.Event, deadline: Deadline) -> None:
-    """Run the lanes until `stop`: fire their schedules, sweep, and handle deliveries.
+    """Run the lanes (or the one stage that the settings name) until `stop`: fire their schedules, sweep, and
+    handle deliveries.
 
     Once stopped, nothing new is taken; what runs reaches its next safe point or is cut off at the deadline,
     which the caller moves close.
@@ -81,7 +82,8 @@ async def serve(app: Application, stop: asyncio.Event, deadline: Deadline) -> No
     async with asyncio.TaskGroup() as tasks:
         schedules = [tasks.create_task(_schedule(app, lane)) for lane in app.lanes if lane.every is not None]
         try:
-            async with Pump(app.engine, deadline) as pump, _housekeeping(app, app.lanes):
+            only = app.settings.stage
+            async with Pump(app.engine, deadline, only=only) as pump, housekeeping(app, app.lanes):
                 await pump.until(_stopped(stop))
         finally:
             for schedule in schedules:
@@ -109,7 +111,7 @@ async def _schedule(app: Application, lane: Lane) -> None:
 
 
 @asynccontextmanager
-async def _housekeeping(app: Application, lanes: list[Lane]) -> AsyncIterator[None]:
+async def housekeeping(app: Application, lanes: list[Lane]) -> AsyncIterator[None]:
     """Sweep `lanes` at once and then periodically, while the context is open."""
 
     async def forever() -> None:

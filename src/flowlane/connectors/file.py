@@ -33,6 +33,7 @@ _REFUSED: Final = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_SUCH: Final = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}
 _NOT_A_TARGET: Final = {
     errno.ENOTDIR,
+    errno.EEXIST,
     errno.EISDIR,
     errno.ENAMETOOLONG,
     errno.EINVAL,

@@ -202,8 +202,10 @@ class HttpBody:
             if not found.etag:
                 raise Incomplete(f"GET {redact(url)}: the answer has no ETag, {pinned.etag} was asked for")
             raise Superseded(f"GET {redact(url)}: the object's ETag is {found.etag}, no longer {pinned.etag}")
-        if min(pinned.size, found.size) >= 0 and pinned.size != found.size:
-            raise Superseded(f"GET {redact(url)}: the object has {found.size} bytes, no longer {pinned.size}")
+        if pinned.etag and min(pinned.size, found.size) >= 0 and pinned.size != found.size:
+            raise Incomplete(
+                f"GET {redact(url)}: {found.size:,} bytes, {pinned.size:,} before, with one ETag"
+            )
         if extent.first > self._position or (extent.first and extent.first != self._position):
             raise Incomplete(
                 f"GET {redact(url)}: asked from byte {self._position}, answered from {extent.first}"
@@ -213,15 +215,15 @@ class HttpBody:
         self._stop = extent.stop
         self._proven = extent.stop >= 0 or "chunked" in response.headers.get("Transfer-Encoding", "").lower()
         self._ended = False
-        self._info = found if found.size >= 0 else msgspec.structs.replace(found, size=pinned.size)
+        size = pinned.size if pinned.etag and found.size < 0 else found.size
+        self._info = msgspec.structs.replace(found, size=size)
 
     def _at_the_end(self, response: aiohttp.ClientResponse) -> None:
         """416: nothing from the position on. That is an empty rest if the object ends there."""
         url, position = self._wanted.url, self._position
         match = _UNSATISFIED.fullmatch(response.headers.get("Content-Range", ""))
-        if match is None or int(match[1]) != position:
-            kind = Superseded if self._info.etag else Incomplete
-            raise kind(f"GET {redact(url)}: the object ends before byte {position}")
+        if match is None or int(match[1]) != position or self._info.size not in (-1, position):
+            raise Incomplete(f"GET {redact(url)}: status 416: the object has no byte {position:,}")
         self._info = _describe(url, response, position)
         self._stop, self._proven = position, True
 
@@ -235,7 +237,9 @@ class HttpBody:
                 progress += len(block)
                 yield block
             if over and not self._reached():
-                failures = 1 if progress >= BLOCK else failures + 1
+                # A range that ends where it said, if short of what was asked for, is no failure.
+                as_announced = progress > 0 and self._position == self._stop
+                failures = 0 if as_announced else 1 if progress >= BLOCK else failures + 1
                 progress = 0
                 await self._resume(over, failures)
 
@@ -286,7 +290,8 @@ class HttpBody:
         if not self._info.etag and self._position > self._wanted.start:
             raise Incomplete(f"{where}; without a strong ETag it cannot be resumed")
         while failures <= MAX_RESUMES:
-            await self._clock.sleep(self._clock.random() * min(0.1 * 2**failures, 3.0))
+            if failures:
+                await self._clock.sleep(self._clock.random() * min(0.1 * 2**failures, 3.0))
             try:
                 return await self.open()
             except Incomplete:

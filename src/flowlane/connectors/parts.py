@@ -173,6 +173,8 @@ class Part:
 
     def _compare(self) -> None:
         """Return if the object holds what the part does: an earlier attempt got through."""
+        if not self.target.is_file():  # nor is a pipe opened, which would wait for its writer
+            raise Permanent(f"{self.target} exists already and is no regular file: choose another name")
         with self.target.open("rb") as other:
             same = os.fstat(other.fileno()).st_size == self.size
             position = 0

@@ -329,6 +329,7 @@ async def _coverage(plan: _Plan, log: LogView) -> dict[str, Any]:
     return {
         "start": _text(plan.start),
         "next": _text(following),
+        "step": plan.step.total_seconds(),
         "bookmark": min([_text(following), *pending]),
         "covered": passed - missing - len(pending) - len(dead) - len(loading),
         "landing": loading,

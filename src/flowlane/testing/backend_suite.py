@@ -9,8 +9,8 @@
 
 ``storage()`` names a new, empty storage and returns what opens it; a ``persistent`` backend finds there again
 what was written before. A backend whose leases follow its server's clock sets ``elapse`` to really wait, a
-short ``LEASE``, and ``WAIT`` for a queue that does not show at once what was published. pytest-asyncio runs in
-auto mode. Needs ``flowlane[test]``.
+short ``LEASE``, and ``WAIT`` for a queue that does not show at once what was published. pytest-asyncio runs
+in auto mode. Needs ``flowlane[test]``.
 """
 
 from __future__ import annotations

@@ -58,8 +58,10 @@ class Reader:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._executor.submit(self._close)
-        self._executor.shutdown(wait=False)
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._executor, self._close)
+        finally:
+            self._executor.shutdown(wait=False)
 
     def _close(self) -> None:
         if self._connection is not None:

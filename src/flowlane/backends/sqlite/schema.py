@@ -10,10 +10,19 @@ from typing import Final
 
 import msgspec
 
-from flowlane.errors import ConfigError, FlowlaneError, Retryable
+from flowlane.errors import ConfigError, FlowlaneError, Permanent, Retryable
 
 APPLICATION: Final = 0x666C6F77  # "flow"
 VERSION: Final = 1
+
+#: What binding a value raises that SQLite cannot hold, such as an integer of more than 64 bits.
+UNFIT: Final = (
+    OverflowError,
+    UnicodeError,
+    sqlite3.InterfaceError,
+    sqlite3.ProgrammingError,
+    sqlite3.DataError,
+)
 
 # The log has a rowid and a unique index: clustered by (stream, version) it took 1.6 times as long. ``event``
 # is text, so that a group of rows is one JSON array by concatenation, and the file can be read by people.
@@ -65,6 +74,8 @@ def failure(error: Exception, path: Path) -> FlowlaneError:
         return Retryable(f"{path}: {error}")
     if type(error) is sqlite3.DatabaseError:
         return ConfigError(f"{path}: {error}: put it aside and restore a backup, or name another file")
+    if isinstance(error, UNFIT):
+        return Permanent(f"{path}: a value does not fit into the file: {error}")
     return Retryable(f"{path}: {type(error).__name__}: {error}")
 
 

@@ -6,11 +6,12 @@ import asyncio
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, Final, Protocol
 
 from flowlane.backends.sqlite.group import Work, apply
-from flowlane.backends.sqlite.schema import Settings, connect, failure
+from flowlane.backends.sqlite.schema import UNFIT, Settings, connect, failure
 from flowlane.clock import Clock
 from flowlane.errors import Retryable
 
@@ -113,22 +114,19 @@ class Writer:
         except Exception as error:  # noqa: BLE001 - whatever it is, who opens the backend is told
             self._call(self._fail_opening, error)
             return
-        try:
-            self._call(self._opened.set_result, None)
-            last = False
-            while not last:
-                group, last = self._drain()
-                if group:
-                    self._attend(connection, group)
-                    self._call(self._answer, group)
-        except RuntimeError:
-            pass  # the loop is gone, and with it everybody who could be told
-        finally:
-            connection.close()
+        self._call(self._opened.set_result, None)
+        last = False
+        while not last:
+            group, last = self._drain()
+            if group:
+                self._attend(connection, group)
+                self._call(self._answer, group)
+        connection.close()
         self._call(self._ended.set_result, None)
 
     def _call(self, function: Callable[..., object], *arguments: object) -> None:
-        self._loop.call_soon_threadsafe(function, *arguments)
+        with suppress(RuntimeError):  # the loop is closed, and with it everybody gone who could be told
+            self._loop.call_soon_threadsafe(function, *arguments)
 
     def _drain(self) -> tuple[list[_Pending], bool]:
         group: list[_Pending] = []
@@ -150,8 +148,8 @@ class Writer:
         except Exception as error:  # noqa: BLE001 - the thread must live, and the caller be told
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
-            if len(group) > 1 and type(error) not in (sqlite3.OperationalError, sqlite3.DatabaseError):
-                # A value that SQLite cannot hold is the fault of one, and shall be the failure of one.
+            if len(group) > 1 and isinstance(error, UNFIT):
+                # The fault of one request shall be the failure of one.
                 for pending in group:
                     self._attend(connection, [pending])
                 return

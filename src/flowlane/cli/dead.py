@@ -1,0 +1,80 @@
+"""``flowlane dead``, ``redrive`` and ``sweep``: what waits, and putting it back to work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from flowlane.cli.screen import Screen
+from flowlane.cli.session import Answer, Session
+from flowlane.cli.text import plural
+from flowlane.compose import open_application
+from flowlane.lane import Lane
+from flowlane.redrive import redrive
+from flowlane.state import progress
+from flowlane.sweep import sweep
+
+
+async def show_dead(session: Session, lane: Lane, limit: int) -> Answer:
+    """The dead units of `lane`, at most `limit` of them by name."""
+    count = 0
+    listed: list[dict[str, Any]] = []
+    async with open_application([lane], session.settings) as app:
+        async for head in app.backend.units(lane.name, "dead"):
+            count += 1
+            if len(listed) < limit:
+                now = progress(head)
+                listed.append(
+                    {
+                        "unit": head.subject,
+                        "stage": head.stage,
+                        "attempts": max(1, now.attempt),
+                        "time": head.time,
+                        "run": head.run,
+                        "reason": now.reason,
+                    }
+                )
+
+    def show(screen: Screen) -> None:
+        if listed:
+            names = ("unit", "stage", "attempts", "reason")
+            screen.table(names, [[unit[name] for name in names] for unit in listed])
+        if count > len(listed):
+            screen.line(f"and {plural(count - len(listed), 'unit')} more; --limit lists them")
+        if not count:
+            screen.line(f"lane {lane.name} has no dead units")
+
+    return Answer({"lane": lane.name, "count": count, "dead": listed}, show)
+
+
+async def put_back(session: Session, lane: Lane, units: Sequence[str], reference: str) -> Answer:
+    """Redrive `units` of `lane` (named as ``dead`` lists them, the lane's name may be left out), or all."""
+    prefix = f"{lane.name}/"
+    wanted = [unit if unit.startswith(prefix) else prefix + unit for unit in units]
+    async with open_application([lane], session.settings) as app:
+        revived = await redrive(app.engine, lane.name, wanted)
+
+    def show(screen: Screen) -> None:
+        if revived:
+            screen.line(f"{plural(len(revived), 'unit')} put back to work: ", "bold")
+            screen.line(f"a worker goes on with them, or `flowlane run {reference}` does")
+        else:
+            screen.line(f"lane {lane.name} has no dead units: nothing to redrive")
+
+    return Answer({"lane": lane.name, "count": len(revived), "redriven": revived}, show)
+
+
+async def sweep_lane(session: Session, lane: Lane) -> Answer:
+    """One sweep of `lane`."""
+    async with open_application([lane], session.settings) as app:
+        swept = await sweep(app.engine, lane.name)
+
+    def show(screen: Screen) -> None:
+        screen.line(
+            f"lane {lane.name}: {swept.open:,} open, {swept.requeued:,} queued again, "
+            f"{plural(swept.completed, 'run')} completed"
+        )
+
+    return Answer({"lane": lane.name, **msgspec.to_builtins(swept)}, show)

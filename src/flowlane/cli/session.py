@@ -1,0 +1,149 @@
+"""One call of the command line: its settings, its answer, and what becomes of its errors."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import click
+import msgspec
+
+from flowlane.cli.logs import logging_to_stderr
+from flowlane.cli.screen import Screen
+from flowlane.cli.text import one_line
+from flowlane.errors import ConfigError, FlowlaneError
+from flowlane.lane import Lane
+from flowlane.settings import Settings
+
+#: Exit codes: 0 and 1 are the lane's; 2 means that nothing was started; 130 that the user ended it.
+FAILED, CONFIGURATION, INTERRUPTED = 1, 2, 130
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a verb has to say: `document` for ``--json``, `show` for people, and the exit code."""
+
+    document: Any
+    show: Callable[[Screen], None]
+    code: int = 0
+
+
+class Session:
+    """What the verbs are given. With ``--json``, stdout gets one document and nothing else, whatever the
+    lane's own code prints: that goes to stderr."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.json = "--json" in arguments
+        self.debug = "--debug" in arguments
+        self.settings = Settings()
+        self._stdout = sys.stdout
+        self._said = False
+
+    def configure(self, *, backend: str | None, as_json: bool, debug: bool) -> None:
+        """Take the environment's settings, and what the options say over it.
+
+        Raises:
+            ConfigError: a variable has a value that means nothing.
+        """
+        self.json |= as_json
+        self.debug |= debug
+        self.settings = Settings.read(os.environ)
+        if backend is not None:
+            self.settings = msgspec.structs.replace(self.settings, backend=backend)
+
+    def lane(self, reference: str) -> Lane:
+        """The lane that `reference` names.
+
+        Raises:
+            ConfigError: it cannot be loaded.
+        """
+        from flowlane.compose import load_lane
+
+        try:
+            return load_lane(reference)
+        except SystemExit:
+            raise ConfigError(
+                f"{reference} ended the process while it was loaded: take sys.exit() (or argument parsing) "
+                "out of the lane file"
+            ) from None
+
+    def perform(self, work: Callable[[], Coroutine[Any, Any, Answer | None]]) -> int:
+        """Run a verb to its end, say its answer, and return its exit code.
+
+        `work` loads what it needs before it makes the coroutine: lane files are imported outside the loop.
+        """
+        with (
+            logging_to_stderr(self.settings.log_level, as_json=self.json, debug=self.debug),
+            redirect_stdout(sys.stderr if self.json else sys.stdout),
+        ):
+            answer = asyncio.run(work())
+        if answer is None:
+            return 0
+        self.say(answer)
+        return answer.code
+
+    def say(self, answer: Answer) -> None:
+        """Print `answer`. A reader that has gone away (``| head``) is no failure of the lane."""
+        try:
+            if self.json:
+                self._document(answer.document)
+            else:
+                answer.show(Screen(self._stdout))
+            self._stdout.flush()
+        except BrokenPipeError:
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stdout.fileno())
+
+    def _document(self, document: Any) -> None:
+        self._said = True
+        # Only ASCII leaves: a terminal obeys some characters that JSON does not demand to be escaped.
+        self._stdout.write(json.dumps(msgspec.to_builtins(document), ensure_ascii=True) + "\n")
+
+    def fail(self, error: BaseException) -> int:
+        """Say in one line what went wrong, and return the exit code for it."""
+        error = _leaf(error)
+        if self.debug:
+            traceback.print_exception(error)
+        kind, code, message = _classified(error)
+        print(f"flowlane: {message}", file=sys.stderr)
+        if self.json and not self._said:
+            with suppress(BrokenPipeError):
+                self._document({"error": {"kind": kind, "message": message}})
+        return code
+
+
+def _leaf(error: BaseException) -> BaseException:
+    """What a group of errors comes down to: the first that says what is wrong with the settings, or the
+    first one."""
+    while isinstance(error, BaseExceptionGroup):
+        known = error.subgroup(ConfigError) or error.subgroup(FlowlaneError) or error
+        error = known.exceptions[0]
+    return error
+
+
+def _classified(error: BaseException) -> tuple[str, int, str]:
+    if isinstance(error, KeyboardInterrupt | asyncio.CancelledError | click.Abort):
+        return "interrupted", INTERRUPTED, "interrupted"
+    if isinstance(error, click.ClickException):
+        return "usage", CONFIGURATION, one_line(_usage(error))
+    text = str(error)
+    if isinstance(error, ConfigError):
+        return "config", CONFIGURATION, one_line(text)
+    if isinstance(error, FlowlaneError):
+        return "failed", FAILED, one_line(text)
+    if isinstance(error, OSError):
+        return "failed", FAILED, one_line(f"{type(error).__name__}: {text}")
+    return "internal", FAILED, one_line(f"{type(error).__name__}: {text} (--debug shows the traceback)")
+
+
+def _usage(error: click.ClickException) -> str:
+    context = getattr(error, "ctx", None)
+    where = context.command_path if context is not None else "flowlane"
+    return f"{error.format_message().rstrip('.')}; see `{where} --help`"

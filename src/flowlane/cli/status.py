@@ -1,0 +1,110 @@
+"""``flowlane status``: a lane's last runs, what is open or dead, and the lane's own views."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from flowlane import events
+from flowlane.cli.coverage import read_coverage, show_coverage
+from flowlane.cli.screen import Screen
+from flowlane.cli.session import Answer, Session
+from flowlane.cli.text import plural
+from flowlane.compose import Application, open_application
+from flowlane.errors import FlowlaneError, Permanent
+from flowlane.lane import Lane
+from flowlane.ports import Backend
+from flowlane.state import status
+from flowlane.status import LogView
+
+
+async def last_runs(backend: Backend, lane: str, limit: int) -> list[str]:
+    """The streams of the last `limit` runs of `lane`, oldest first. Reads the lane's history: for people."""
+    runs: deque[str] = deque(maxlen=limit)
+    async for event in backend.scan(lane):
+        if event.type == events.LANE_TRIGGERED and event.version == 1:
+            runs.append(event.subject)
+    return list(runs)
+
+
+async def show_status(session: Session, lane: Lane, days: int, runs: int) -> Answer:
+    """The state of `lane`, with at most `runs` runs, and `days` days in a map."""
+    async with open_application([lane], session.settings) as app:
+        document: dict[str, Any] = {
+            "lane": lane.name,
+            "runs": [await _run(app, run) for run in await last_runs(app.backend, lane.name, runs)],
+            "open": 0,
+            "dead": 0,
+            "views": {},
+        }
+        async for head in app.backend.units(lane.name, "open"):
+            document["open"] += head.subject != head.run
+        async for _ in app.backend.units(lane.name, "dead"):
+            document["dead"] += 1
+        for name, view in lane.views.items():
+            try:
+                document["views"][name] = await view(LogView(app.engine, lane.name))
+            except FlowlaneError:
+                raise
+            except Exception as error:
+                raise Permanent(
+                    f"the view {name!r} of lane {lane.name} raised {type(error).__name__}: {error}"
+                ) from error
+    return Answer(document, lambda screen: _show(screen, document, days))
+
+
+async def _run(app: Application, run: str) -> dict[str, Any]:
+    head = (await app.backend.last([run]))[run]
+    report = await app.engine.report(head)
+    now = status(head)
+    state = {"open": "discovering", "closed": "running"}.get(now, report.outcome)
+    return {
+        "run": run,
+        "state": state,
+        "time": head.time,
+        "reason": report.reason,
+        "units": report.units,
+        "records": report.records,
+        "bytes": report.bytes,
+    }
+
+
+def _show(screen: Screen, document: dict[str, Any], days: int) -> None:
+    screen.line(
+        f"lane {document['lane']}: {plural(document['open'], 'open unit')}, {document['dead']:,} dead"
+    )
+    if document["runs"]:
+        screen.table(
+            ["run", "state", "found", "settled", "dead", "bytes out", "reason"],
+            [
+                [
+                    run["run"],
+                    run["state"],
+                    *(run["units"][name] for name in ("found", "settled", "dead")),
+                    run["bytes"]["out"],
+                    run["reason"],
+                ]
+                for run in document["runs"]
+            ],
+        )
+    else:
+        screen.line("no run yet")
+    for name, view in document["views"].items():
+        screen.line()
+        coverage = read_coverage(view)
+        if coverage is None:
+            _show_view(screen, name, view)
+        else:
+            show_coverage(screen, name, coverage, days)
+
+
+def _show_view(screen: Screen, name: str, value: Any, depth: int = 0) -> None:
+    """Any other view: nested names and values, one a line."""
+    indent = "  " * depth
+    if isinstance(value, dict | list) and value:
+        screen.line(f"{indent}{name}:")
+        items = value.items() if isinstance(value, dict) else [("-", item) for item in value]
+        for key, item in items:
+            _show_view(screen, str(key), item, depth + 1)
+    else:
+        screen.line(f"{indent}{name}: {'none' if value in (None, {}, []) else value}")

@@ -1,0 +1,187 @@
+"""The verbs of ``flowlane``, their arguments and options; what each does is imported when it is called."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, NoReturn
+
+import click
+
+from flowlane import __version__
+from flowlane.cli.session import Answer, Session
+
+Work = Coroutine[Any, Any, Answer | None]
+
+
+class _Verbs(click.Group):
+    """A group whose errors are one line and an exit code, in the process and out of it."""
+
+    def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> NoReturn:
+        arguments = list(sys.argv[1:] if args is None else args)
+        session = Session(arguments)
+        extra["standalone_mode"] = False
+        extra["obj"] = session
+        try:
+            code = super().main(arguments, *more, **extra)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
+            code = error.exit_code
+        except click.exceptions.Exit as error:
+            code = error.exit_code
+        except SystemExit:
+            raise
+        except BaseException as error:  # noqa: BLE001  # nobody is above: it becomes a line and a code
+            code = session.fail(error)
+        sys.exit(code or 0)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if not name.startswith("-") and name not in self.commands:
+            near = difflib.get_close_matches(name, self.commands, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(self.commands))}"
+            raise click.UsageError(f"there is no verb {name!r}: {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.version_option(__version__, prog_name="flowlane", message="%(prog)s %(version)s")
+def cli(debug: bool) -> None:
+    """Run lanes: event-sourced, async ingestion, as a local worker or behind AWS Lambda.
+
+    LANE is path/to/file.py[:name] or package.module[:name]; the name defaults to `lane`. Exit codes: 0 all
+    settled, 1 something is dead or over its error budget, 2 configuration.
+    """
+
+
+def verb(function: Callable[..., Work]) -> click.Command:
+    """Make `function` a verb. It is called with the session and its arguments, outside of any loop, and
+    returns the coroutine that does the work."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else.")
+    @click.option("--backend", metavar="URI", help="The backend; overrides FLOWLANE_BACKEND.")
+    @click.option("--debug", is_flag=True, help="Show tracebacks.")
+    @click.pass_obj
+    @functools.wraps(function)
+    def command(
+        session: Session, /, as_json: bool, backend: str | None, debug: bool, **arguments: Any
+    ) -> int:
+        session.configure(backend=backend, as_json=as_json, debug=debug)
+        return session.perform(lambda: function(session, **arguments))
+
+    return cli.command(function.__name__)(command)
+
+
+_lane = click.argument("lane")
+
+
+@verb
+@_lane
+@click.option("--event", metavar="FILE", help="A JSON file (- is stdin) as the trigger.")
+def run(session: Session, lane: str, event: str | None) -> Work:
+    """Trigger LANE once, drain it, and print what became of every unit and record."""
+    from flowlane.cli.event import read_event
+    from flowlane.cli.run import run_lane
+
+    return run_lane(session, session.lane(lane), read_event(event) if event is not None else None)
+
+
+@verb
+@click.argument("lanes", nargs=-1, required=True, metavar="LANE...")
+def worker(session: Session, lanes: tuple[str, ...]) -> Work:
+    """Run LANEs until SIGTERM: schedules, sweep and deliveries."""
+    from flowlane.cli.worker import work
+
+    return work(session, [session.lane(reference) for reference in lanes])
+
+
+@verb
+@_lane
+@click.option("--days", type=click.IntRange(1), default=31, show_default=True, help="Days in the map.")
+@click.option("--runs", type=click.IntRange(1), default=5, show_default=True, help="Runs listed.")
+def status(session: Session, lane: str, days: int, runs: int) -> Work:
+    """Show LANE's last runs, what is open or dead, and its views (such as the map of hours)."""
+    from flowlane.cli.status import show_status
+
+    return show_status(session, session.lane(lane), days, runs)
+
+
+@verb
+@_lane
+@click.argument("run", required=False)
+@click.option("--limit", type=click.IntRange(1), default=10_000, show_default=True, help="Events shown.")
+def trace(session: Session, lane: str, run: str | None, limit: int) -> Work:
+    """Show the causal tree of a RUN of LANE: each event under the one that caused it (the last run)."""
+    from flowlane.cli.trace import show_trace
+
+    return show_trace(session, session.lane(lane), run or "", limit)
+
+
+@verb
+@_lane
+@click.option("--limit", type=click.IntRange(0), default=1000, show_default=True, help="Units listed.")
+def plan(session: Session, lane: str, limit: int) -> Work:
+    """List the units and bytes that a run of LANE would move, before anything moves."""
+    from flowlane.cli.plan import show_plan
+
+    return show_plan(session, session.lane(lane), limit)
+
+
+@verb
+@_lane
+def graph(session: Session, lane: str) -> Work:
+    """Print LANE's stages, and the units between them, as a Mermaid flowchart."""
+    from flowlane.cli.graph import show_graph
+
+    return show_graph(session.lane(lane))
+
+
+@verb
+@_lane
+@click.option("--limit", type=click.IntRange(0), default=1000, show_default=True, help="Units listed.")
+def dead(session: Session, lane: str, limit: int) -> Work:
+    """List LANE's dead units, each with its reason."""
+    from flowlane.cli.dead import show_dead
+
+    return show_dead(session, session.lane(lane), limit)
+
+
+@verb
+@_lane
+@click.argument("units", nargs=-1, metavar="[UNIT]...")
+def redrive(session: Session, lane: str, units: tuple[str, ...]) -> Work:
+    """Put dead UNITs (all of them by default) back to work, for the worker or the next run."""
+    from flowlane.cli.dead import put_back
+
+    return put_back(session, session.lane(lane), units, lane)
+
+
+@verb
+@_lane
+def sweep(session: Session, lane: str) -> Work:
+    """Queue again what no queue holds, and complete the runs of which nothing is left."""
+    from flowlane.cli.dead import sweep_lane
+
+    return sweep_lane(session, session.lane(lane))
+
+
+@verb
+def plugins(session: Session) -> Work:
+    """List what opens which URI scheme."""
+    from flowlane.cli.setup import show_plugins
+
+    return show_plugins()
+
+
+@verb
+@_lane
+def init(session: Session, lane: str) -> Work:
+    """Create what LANE needs of its backend, where it is missing, and say what is there."""
+    from flowlane.cli.setup import prepare
+
+    return prepare(session, session.lane(lane))

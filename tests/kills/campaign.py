@@ -1,0 +1,144 @@
+"""Two workers on one SQLite file, killed over and over, each time in the middle of something."""
+
+import asyncio
+import multiprocessing
+import random
+import time
+from collections import Counter
+from datetime import datetime, timedelta
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from flowlane.compose import open_application
+from flowlane.events import Event
+from flowlane.recipes.http_archive import Bookmark
+from flowlane.settings import Settings
+from flowlane.state import fold
+from flowlane.status import LogView
+from flowlane.worker import run_once
+from tests.kills.victim import PHASES, START, Page, archive, lane, serve_archives, work
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.kills.victim"])
+
+
+class Campaign:
+    """Kills spread over effect, commit and ack, of workers that held a delivery; then the reckoning."""
+
+    def __init__(self, folder: Path, hours: int, seed: int) -> None:
+        self.folder = folder
+        self.hours = hours
+        self.chance = random.Random(seed)
+        self.hits: Counter[str] = Counter()
+        self.misses = 0
+        self.settings: dict[str, str] = {}
+
+    @property
+    def until(self) -> datetime:
+        """The end of the lane's periods."""
+        return datetime.fromisoformat(START) + timedelta(hours=self.hours)
+
+    def run(self, kills: int, seconds: float) -> None:
+        """Kill so many times (or until the time is up), then see everything through without kills."""
+        ours, theirs = _context.Pipe()
+        server = _context.Process(target=serve_archives, args=(self.hours, theirs), daemon=True)
+        server.start()
+        self.settings = {
+            "url": ours.recv(),
+            "lake": (self.folder / "lake").as_uri() + "/",
+            "until": self.until.isoformat(),
+            "backend": f"sqlite:///{self.folder}/flowlane.db",
+        }
+        try:
+            self._kill(kills, time.monotonic() + seconds)
+            asyncio.run(self._see_through())
+        finally:
+            server.kill()
+            server.join()
+
+    def _kill(self, kills: int, until: float) -> None:
+        workers: list[tuple[BaseProcess, Page]] = [self._start(n) for n in range(2)]
+        try:
+            while sum(self.hits.values()) < kills and time.monotonic() < until:
+                number = self.chance.randrange(2)
+                process, page = workers[number]
+                rarest = min(PHASES[1:], key=lambda phase: self.hits[phase])
+                aim = rarest if self.chance.random() < 0.7 else self.chance.choice(PHASES[1:])
+                self._strike(process, page, aim)
+                workers[number] = self._start(number)
+        finally:
+            for process, _ in workers:
+                process.kill()
+                process.join()
+
+    def _start(self, number: int) -> tuple[BaseProcess, Page]:
+        path = self.folder / f"page-{number}"
+        path.write_bytes(bytes(4096))
+        process = _context.Process(target=work, args=(self.settings, str(path)), daemon=True)
+        process.start()
+        return process, Page(path)
+
+    def _strike(self, process: BaseProcess, page: Page, aim: str) -> None:
+        patience = time.monotonic() + 2.0
+        skip = self.chance.randrange(5)  # not always the first chance after the start
+        seen = False
+        while time.monotonic() < patience and process.is_alive():
+            for _ in range(2000):
+                on = page.read()[aim] > 0
+                if on and not seen:
+                    skip -= 1
+                seen = on
+                if on and skip < 0:
+                    break
+            if seen and skip < 0:
+                break
+        process.kill()
+        process.join()
+        state = page.read()
+        phase = next((p for p in ("ack", "commit", "effect") if state[p] > 0), "")
+        if phase and state["held"] > 0:
+            self.hits[phase] += 1
+        else:
+            self.misses += 1
+
+    async def _see_through(self) -> None:
+        """Let one undisturbed worker finish, then compare lake and log with what must be."""
+        watched = lane(self.settings["url"], self.settings["lake"], self.settings["until"])
+        settings = Settings(backend=self.settings["backend"], allow_private_hosts=True)
+        async with open_application([watched], settings) as app:
+            report = await run_once(app, watched)
+            assert report.outcome == "settled", report
+            streams: dict[str, list[Event]] = {}
+            async for event in app.backend.scan("kills"):
+                streams.setdefault(event.subject, []).append(event)
+            left = [head.subject async for head in app.backend.units("kills", "open")]
+            mark = await LogView(app.engine, "kills").recall(Bookmark)
+        assert not left, left
+        assert mark is not None
+        assert datetime.fromisoformat(mark.next).replace(tzinfo=None) == self.until
+        assert not mark.pending
+        assert not mark.gaps
+        self._check_log(streams)
+        self._check_lake()
+
+    def _check_log(self, streams: dict[str, list[Event]]) -> None:
+        units = {name: events for name, events in streams.items() if name.startswith("kills/hour/")}
+        assert len(units) == self.hours
+        for name, events in units.items():
+            now, _ = fold(sorted(events, key=lambda event: event.version))
+            assert now == "settled", name
+            assert sum(event.type.startswith("unit.") for event in events) == 1, name
+        runs = {name: events for name, events in streams.items() if name.startswith("kills/run/")}
+        for name, events in runs.items():
+            assert sum(event.type == "run.completed" for event in events) == 1, name
+
+    def _check_lake(self) -> None:
+        lake = {
+            path.name: path.read_bytes() for path in (self.folder / "lake").iterdir() if path.name[0] != "."
+        }
+        begin = datetime.fromisoformat(START)
+        expected = {}
+        for hour in range(self.hours):
+            moment = begin + timedelta(hours=hour)
+            expected[f"{moment:%Y-%m-%d}-{moment.hour}.json.gz"] = archive(hour)
+        assert lake == expected
