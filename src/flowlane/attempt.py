@@ -226,7 +226,8 @@ class Attempt:
         handling = engine.handling(lane, kind)
         if handling is None:
             raise Permanent(
-                f"stage {self.stage.name} yielded {type(unit).__name__}, which no stage of lane {lane} handles"
+                f"stage {self.stage.name} yielded {type(unit).__name__}, "
+                f"which no stage of lane {lane} handles"
             )
         stream = stream_of(lane, unit)
         if stream in self._known:

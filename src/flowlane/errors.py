@@ -21,7 +21,7 @@ went wrong, where, and what to do.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 
 class FlowlaneError(Exception):
@@ -88,5 +88,8 @@ def redact(uri: str) -> str:
         parts = urlsplit(uri)
     except ValueError:
         return uri.partition("?")[0]
+    if not parts.scheme:
+        return uri.partition("?")[0]
     host = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, host, parts.path, "", "")) if parts.scheme else uri.partition("?")[0]
+    # Not by urlunsplit: it makes sqlite:/path of sqlite:///path.
+    return f"{parts.scheme}:{'//' if '://' in uri else ''}{host}{parts.path}"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from importlib.metadata import entry_points
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import pluggy
 
@@ -131,7 +131,7 @@ class Registry:
             if name in options:
                 raise ConfigError(f"{redact(uri)}: option {name!r} is given twice")
             options[name] = value
-        return urlunsplit(parts._replace(query="")) if parts.query else uri, options
+        return uri.partition("?")[0] if parts.query else uri, options
 
     def open(
         self, kind: Kind, uri: str, environment: Environment, options: Mapping[str, Any]

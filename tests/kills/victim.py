@@ -88,7 +88,7 @@ class _Backend:
         finally:
             self._page.add(phase, -1)
         self._page.add(
-            "held", -sum(isinstance(a, Committed) and c.ack is not None for a, c in zip(answers, work))
+            "held", -sum(isinstance(a, Committed) and c.ack is not None for a, c in zip(answers, work, strict=True))
         )
         return answers
 

@@ -58,7 +58,7 @@ async def put_back(session: Session, lane: Lane, units: Sequence[str], reference
 
     def show(screen: Screen) -> None:
         if revived:
-            screen.line(f"{plural(len(revived), 'unit')} put back to work: ", "bold")
+            screen.line(f"{plural(len(revived), 'unit')} put back to work", "bold")
             screen.line(f"a worker goes on with them, or `flowlane run {reference}` does")
         else:
             screen.line(f"lane {lane.name} has no dead units: nothing to redrive")

@@ -84,7 +84,7 @@ _lane = click.argument("lane")
 @_lane
 @click.option("--event", metavar="FILE", help="A JSON file (- is stdin) as the trigger.")
 def run(session: Session, lane: str, event: str | None) -> Work:
-    """Trigger LANE once, drain it, and print what became of every unit and record."""
+    """Trigger LANE once, drain it, print what became of it."""
     from flowlane.cli.event import read_event
     from flowlane.cli.run import run_lane
 
@@ -105,7 +105,7 @@ def worker(session: Session, lanes: tuple[str, ...]) -> Work:
 @click.option("--days", type=click.IntRange(1), default=31, show_default=True, help="Days in the map.")
 @click.option("--runs", type=click.IntRange(1), default=5, show_default=True, help="Runs listed.")
 def status(session: Session, lane: str, days: int, runs: int) -> Work:
-    """Show LANE's last runs, what is open or dead, and its views (such as the map of hours)."""
+    """Show LANE's last runs, what is open or dead, its views."""
     from flowlane.cli.status import show_status
 
     return show_status(session, session.lane(lane), days, runs)
@@ -116,7 +116,7 @@ def status(session: Session, lane: str, days: int, runs: int) -> Work:
 @click.argument("run", required=False)
 @click.option("--limit", type=click.IntRange(1), default=10_000, show_default=True, help="Events shown.")
 def trace(session: Session, lane: str, run: str | None, limit: int) -> Work:
-    """Show the causal tree of a RUN of LANE: each event under the one that caused it (the last run)."""
+    """Show the causal tree of a RUN of LANE (the last one)."""
     from flowlane.cli.trace import show_trace
 
     return show_trace(session, session.lane(lane), run or "", limit)
@@ -126,7 +126,7 @@ def trace(session: Session, lane: str, run: str | None, limit: int) -> Work:
 @_lane
 @click.option("--limit", type=click.IntRange(0), default=1000, show_default=True, help="Units listed.")
 def plan(session: Session, lane: str, limit: int) -> Work:
-    """List the units and bytes that a run of LANE would move, before anything moves."""
+    """List units and bytes before anything moves."""
     from flowlane.cli.plan import show_plan
 
     return show_plan(session, session.lane(lane), limit)
@@ -135,7 +135,7 @@ def plan(session: Session, lane: str, limit: int) -> Work:
 @verb
 @_lane
 def graph(session: Session, lane: str) -> Work:
-    """Print LANE's stages, and the units between them, as a Mermaid flowchart."""
+    """Print LANE's stages and units as a Mermaid flowchart."""
     from flowlane.cli.graph import show_graph
 
     return show_graph(session.lane(lane))
@@ -155,7 +155,7 @@ def dead(session: Session, lane: str, limit: int) -> Work:
 @_lane
 @click.argument("units", nargs=-1, metavar="[UNIT]...")
 def redrive(session: Session, lane: str, units: tuple[str, ...]) -> Work:
-    """Put dead UNITs (all of them by default) back to work, for the worker or the next run."""
+    """Put dead UNITs (all by default) back to work."""
     from flowlane.cli.dead import put_back
 
     return put_back(session, session.lane(lane), units, lane)
@@ -164,7 +164,7 @@ def redrive(session: Session, lane: str, units: tuple[str, ...]) -> Work:
 @verb
 @_lane
 def sweep(session: Session, lane: str) -> Work:
-    """Queue again what no queue holds, and complete the runs of which nothing is left."""
+    """Queue again what no queue holds; complete what is done."""
     from flowlane.cli.dead import sweep_lane
 
     return sweep_lane(session, session.lane(lane))
@@ -181,7 +181,7 @@ def plugins(session: Session) -> Work:
 @verb
 @_lane
 def init(session: Session, lane: str) -> Work:
-    """Create what LANE needs of its backend, where it is missing, and say what is there."""
+    """Create what LANE needs of its backend; say what is there."""
     from flowlane.cli.setup import prepare
 
     return prepare(session, session.lane(lane))

@@ -96,4 +96,5 @@ def prove(name: str) -> Proof | None:
 
 def _suffix(name: str) -> str:
     path = urlsplit(name).path if "://" in name else name
-    return path.rpartition(".")[2].lower()
+    _, dot, suffix = path.rpartition(".")
+    return suffix.lower() if dot else ""
