@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from flowlane.errors import VersionConflict
+from flowlane.errors import Permanent, VersionConflict
 from flowlane.ports import Commit, Committed
 
 if TYPE_CHECKING:
@@ -98,8 +98,9 @@ class Committer:
         return await answer
 
     def _kick(self) -> None:
-        if self._wake is not None and not self._wake.done():
-            self._wake.set_result(None)
+        wake, self._wake = self._wake, None
+        if wake is not None and not wake.done():
+            wake.set_result(None)
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -107,9 +108,9 @@ class Committer:
             if not self._work:
                 if self._closing:
                     return
-                self._wake = loop.create_future()
+                self._wake = wake = loop.create_future()
                 try:
-                    await self._wake
+                    await wake
                 finally:
                     self._wake = None
                 continue
@@ -117,9 +118,19 @@ class Committer:
             answers: list[Answer] | tuple[Answer, ...]
             try:
                 answers = list(await self._engine.backend.commit([commit for commit, _ in group]))
+            except Permanent:
+                answers = [await self._alone(commit) for commit, _ in group]
             except Exception as error:  # noqa: BLE001  # each one's own to find out what became of it
                 answers = [error] * len(group)
             self._hand_out(group, answers)
+
+    async def _alone(self, commit: Commit) -> Answer:
+        """The answer to one commit of a group that was refused for good, none of it applied: for what is wrong
+        with one of them the others are not to blame."""
+        try:
+            return (await self._engine.backend.commit([commit]))[0]
+        except Exception as error:  # noqa: BLE001  # as above
+            return error
 
     def _hand_out(
         self,

@@ -59,6 +59,7 @@ class _Station:
         self.target = self.concurrency
         self.room: asyncio.Future[None] | None = None
         self.settled = 0
+        self.since = 0.0
 
     def feed(self, deliveries: Sequence[Delivery], now: float) -> None:
         """Put deliveries into the buffer and wake as many slots."""
@@ -77,6 +78,12 @@ class _Station:
         room = self.room
         if room is not None and not room.done() and len(self.held) * 2 <= self.target:
             room.set_result(None)
+
+    def adapt(self, now: float) -> None:
+        """Hold from now on what is worked off in ``HORIZON`` at the pace since the last call."""
+        rate = self.settled / max(now - self.since, 1e-9)
+        self.settled, self.since = 0, now
+        self.target = min(PREFETCH, max(self.concurrency, int(rate * HORIZON)))
 
 
 class Pump:
@@ -193,6 +200,9 @@ class Pump:
         loop = asyncio.get_running_loop()
         failures = 0
         while not self._closing:
+            # Each slot has ended several since: the pace is known, without waiting for the next tick.
+            if station.settled >= 4 * station.concurrency:
+                station.adapt(clock.monotonic())
             room = station.target - len(station.held)
             if room <= 0 or self.deadline.near(clock.monotonic()):
                 station.room = loop.create_future()
@@ -291,7 +301,6 @@ class Pump:
                 *(s.timeout / 4 for s in self._stations.values()),
             ]
         )
-        last = clock.monotonic()
         while True:
             now = clock.monotonic()
             cut_off = self.deadline.at - self.deadline.margin / 2 - now
@@ -299,11 +308,9 @@ class Pump:
             now = clock.monotonic()
             for station in self._stations.values():
                 self._watch_time(station, now)
-                rate = station.settled / max(now - last, 1e-9)
-                station.settled = 0
-                station.target = min(PREFETCH, max(station.concurrency, int(rate * HORIZON)))
+                if now - station.since >= tick:
+                    station.adapt(now)
                 await self._keep_leases(station, now)
-            last = now
 
     def _watch_time(self, station: _Station, now: float) -> None:
         over = self.deadline.over(now)

@@ -41,25 +41,34 @@ async def run_once(
     run, _ = await app.engine.trigger(lane.name, slot, by="run" if event is None else "event", event=event)
     deadline = deadline or Deadline()
     async with Pump(app.engine, deadline) as pump, housekeeping(app, [lane]):
-        await pump.until(_drained(app, lane, {run, *left}))
+        await pump.until(_drained(app, lane, run, left))
     report = await report_of(app, lane, run)
     report.seconds = round(clock.monotonic() - began, 3)
     return report
 
 
-async def _drained(app: Application, lane: Lane, runs: set[str]) -> None:
+async def _drained(app: Application, lane: Lane, run: str, left: set[str]) -> None:
+    """Return when `run` is over, what it owes after that (notices) too, and so is what was `left` before."""
     while True:
         moved = app.engine.moved
-        heads = await app.backend.last(sorted(runs))
-        if all(status(head) in ("settled", "dead") for head in heads.values()):
-            owed = [head async for head in app.backend.units(lane.name, "open") if head.run in runs]
-            if not owed:
-                return
+        if not await _owed(app, lane, run, left):
+            return
         try:
             async with asyncio.timeout(0.25):
                 await moved.wait()
         except TimeoutError:
             continue
+
+
+async def _owed(app: Application, lane: Lane, run: str, left: set[str]) -> bool:
+    head = (await app.backend.last([run]))[run]
+    if status(head) not in ("settled", "dead"):
+        return True
+    async for owed in app.backend.units(lane.name, "open"):
+        # What an older release of the lane left to a stage that is gone can be waited for in vain.
+        if owed.run == run or (owed.run in left and app.engine.handling_of(owed) is not None):
+            return True
+    return False
 
 
 async def report_of(app: Application, lane: Lane, run: str) -> Report:

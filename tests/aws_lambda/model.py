@@ -39,7 +39,7 @@ class Sent:
 
 @dataclass
 class Queue:
-    """SQS: a FIFO queue hands out no message of a group while an earlier one of it is there, except along with
+    """SQS: a FIFO queue hands out no message of a group while an earlier one is there, except along with
     it; a standard one hands out whatever is there, in any order."""
 
     fifo: bool = False

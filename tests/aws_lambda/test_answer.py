@@ -79,7 +79,8 @@ def test_a_fifo_queue_is_drained_in_order_whatever_fails_for_a_while(
         queue.settle(work(queue.receive(), lambda name: rng.random() < 0.4, seen))
         if not queue.waiting:
             break
-    assert sorted(queue.deleted) == sorted(group) and set(seen) == set(group)
+    assert sorted(queue.deleted) == sorted(group)
+    assert set(seen) == set(group)
     for name in set(group.values()):
         ordered = [m for m in seen if group[m] == name]
         assert ordered == [m for m in group if group[m] == name], "order kept, and nothing handled twice"
@@ -97,7 +98,8 @@ def test_a_shard_is_read_to_its_end_in_order_per_key_whatever_fails_for_a_while(
         shard.settle(work(shard.receive(), lambda name: rng.random() < 0.3, seen))
         if shard.position == count:
             break
-    assert shard.position == count and set(seen) == {name for name, _, _ in records}
+    assert shard.position == count
+    assert set(seen) == {name for name, _, _ in records}
     for key in {key for _, key, _ in records}:
         of_key = [name for name, other, _ in records if other == key]
         firsts = list(dict.fromkeys(name for name in seen if name in of_key))

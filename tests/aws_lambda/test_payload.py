@@ -31,21 +31,26 @@ CLOUD = {"specversion": "1.0", "id": "7", "source": "/shop", "type": "order.plac
 def test_a_batch_of_sqs() -> None:
     record = {**SQS, "attributes": {"ApproximateReceiveCount": "3", "MessageGroupId": "tenant"}}
     standard = batch({"Records": [record]})
-    assert standard is not None and standard.kind == "standard"
+    assert standard is not None
+    assert standard.kind == "standard"
     assert [(m.id, m.body, m.group, m.attempt) for m in standard.messages] == [("m", "{}", "", 3)]
     fifo = batch({"Records": [{**record, "eventSourceARN": "arn:q.fifo"}]})
-    assert fifo is not None and fifo.kind == "fifo" and fifo.messages[0].group == "tenant"
+    assert fifo is not None
+    assert fifo.kind == "fifo"
+    assert fifo.messages[0].group == "tenant"
 
 
 def test_a_batch_of_kinesis() -> None:
     found = batch({"Records": [KINESIS]})
-    assert found is not None and found.kind == "kinesis"
+    assert found is not None
+    assert found.kind == "kinesis"
     assert [(m.id, m.body, m.group) for m in found.messages] == [("7", b"{}", "")]
 
 
 def test_no_records_are_an_empty_batch_and_no_key_is_no_batch() -> None:
     empty = batch({"Records": []})
-    assert empty is not None and empty.messages == []
+    assert empty is not None
+    assert empty.messages == []
     assert batch({"detail-type": "Scheduled Event"}) is None
 
 
@@ -139,10 +144,11 @@ def test_a_scheduled_event_triggers_the_run_of_its_time(
 def test_a_message_that_says_nothing_is_refused_with_its_reason(body: str | bytes, words: str) -> None:
     with pytest.raises(Permanent, match=words) as caught:
         understand(body, "toy")
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
 
 
-@given(st.binary() | st.text() | JSON.map(lambda value: msgspec.json.encode(value)))
+@given(st.binary() | st.text() | JSON.map(msgspec.json.encode))
 def test_no_message_does_anything_but_be_understood_or_refused(body: str | bytes) -> None:
     try:
         understand(body, "toy")

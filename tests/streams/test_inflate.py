@@ -111,14 +111,13 @@ def test_a_flipped_bit_never_changes_what_comes_out(engine: str) -> None:
     for at in range(len(data)):
         for bit in range(8):
             bad = data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :]
-            if _verdict(Gzip(name=engine), [bad]) == TEXT:
+            verdict = _verdict(Gzip(name=engine), [bad])
+            assert verdict in (None, TEXT)
+            if verdict is not None:
                 passed.add(at)
-    # Nobody reads the bit "text" of FLG, the time, the maker's flags, the system, and the bits that fill up the
-    # last byte of the data; every other bit is proven.
+    # Nobody reads the bit "text" of FLG, the time, the maker's flags, the system, and the bits that fill up
+    # the last byte of the data; every other bit is proven.
     assert passed <= {*range(3, 10), len(data) - 9}
-    for at in set(range(len(data))) - passed:
-        with pytest.raises(Damaged):
-            decode(Gzip(name=engine), [data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]])
 
 
 @given(

@@ -82,7 +82,7 @@ def rows(coverage: Coverage, found: Sequence[Stretch], days: int) -> Iterator[tu
     """The map: each row's name, and the state of each of its places; a day a row where that fits, otherwise
     an hour or a month. Only the last `days` days; places without a state are not asked for yet."""
     step = timedelta(seconds=coverage.step)
-    first = max(coverage.start, _down(coverage.next - step, _DAY, coverage.start) - (days - 1) * _DAY)
+    first = max(coverage.start, _midnight(coverage.next - step) - (days - 1) * _DAY)
     first = coverage.start + -((coverage.start - first) // step) * step
     begins = [stretch.first for stretch in found]
     row: list[str] = []
@@ -106,13 +106,12 @@ def _place(moment: datetime, step: timedelta) -> tuple[str, int]:
     if step >= _DAY:
         return moment.strftime("%Y-%m"), moment.day - 1 if step == _DAY else 0
     if step >= _HALF_HOUR:
-        return moment.strftime("%Y-%m-%d"), int((moment - _down(moment, _DAY, moment)) / step)
+        return moment.strftime("%Y-%m-%d"), int((moment - _midnight(moment)) / step)
     return moment.strftime("%Y-%m-%dT%H"), int(timedelta(minutes=moment.minute, seconds=moment.second) / step)
 
 
-def _down(moment: datetime, unit: timedelta, like: datetime) -> datetime:
-    midnight = moment.astimezone(like.tzinfo).replace(hour=0, minute=0, second=0, microsecond=0)
-    return midnight if unit == _DAY else moment
+def _midnight(moment: datetime) -> datetime:
+    return moment.replace(hour=0, minute=0, second=0, microsecond=0)
 
 
 def show_coverage(screen: Screen, name: str, coverage: Coverage, days: int) -> None:

@@ -82,13 +82,15 @@ def _show(screen: Screen, ended: _Ended) -> None:
     screen.line(f"{report.run}: {report.outcome} in {report.seconds:.1f} s", _STYLES[report.outcome])
     show_figures(screen, report)
     for other in ended.drained:
-        screen.line(f"drained too: {other.run}: {other.outcome}, {plural(other.units['found'], 'unit')}")
+        units = plural(other.units["found"], "unit")
+        screen.line(f"drained too: {other.run}: {other.outcome}, {units}", _STYLES[other.outcome])
     for each in [report, *ended.drained]:
         for dead in each.dead:
             screen.line(f"dead {dead['unit']}: {dead['reason']}", "red")
     for each in [report, *ended.drained]:
         if each.reason:
-            screen.line(f"failed: {each.reason}", "bold red")
+            where = "" if each is report else f" {each.run}"
+            screen.line(f"failed{where}: {each.reason}", "bold red")
 
 
 _STYLES: Mapping[str, str] = {"settled": "bold green", "failed": "bold red"}
