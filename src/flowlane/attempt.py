@@ -200,25 +200,34 @@ class Attempt:
 
     # ------------------------------------------------------------------ discovery
 
-    async def found(self, item: Any) -> None:
-        """Take what the handler yielded: a unit to register, or a fact to append with them.
+    def found(self, item: Any) -> bool:
+        """Take the unit that the handler yielded; whether it is time to ``flush``.
 
         Raises:
-            Permanent: it is neither, or no stage handles such units.
+            Permanent: it is no unit, or no stage handles such units.
         """
-        if isinstance(item, Fact):
-            await self._add_fact(item)
-        elif isinstance(item, Unit):
-            self._add_child(item)
-        else:
+        if not isinstance(item, Unit):
             raise Permanent(
                 f"stage {self.stage.name} yielded {item!r:.80}: yield units (or facts), nothing else"
             )
+        self._add_child(item)
+        return self._flush_is_due()
+
+    async def concluded(self, fact: Fact) -> bool:
+        """Take the fact that the handler yielded, to be appended with the units yielded before it; whether it
+        is time to ``flush``."""
+        await self._add_fact(fact)
+        return self._flush_is_due()
+
+    def _flush_is_due(self) -> bool:
         now = self.engine.clock.monotonic()
         if not self._waiting_since:
             self._waiting_since = now
-        if len(self._children) + len(self._facts) >= CHUNK or now - self._waiting_since > PATIENCE:
-            await self.flush()
+        return (
+            len(self._children) + len(self._facts) >= CHUNK
+            or now - self._waiting_since > PATIENCE
+            or self.near_deadline()
+        )
 
     def _add_child(self, unit: Unit) -> None:
         engine, head, lane = self.engine, self.origin, self.stage.lane
@@ -363,6 +372,8 @@ class Attempt:
 
     def _final_tally(self, kind: Terminal) -> tuple[Tally, ...]:
         counts = self._progress.counts if self._progress is not None else None
+        if counts is not None and self.progress.tallied is not None:
+            counts = counts.since(self.progress.tallied)
         head, name = self.origin, self.stage.name
         if self.stage.on == events.LANE_TRIGGERED:
             return (Tally(head.run, head.round, name, counts=counts, closed=True),)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -75,7 +75,8 @@ class Committer:
     async def drain(self) -> None:
         """Return once everything handed in is committed and resolved."""
         while self._work or self._unresolved:
-            await self.commit(Commit())
+            with suppress(Exception):  # the log is away: each attempt's resolver sees to its own
+                await self.commit(Commit())
             await self._open_ends.join()
 
     def submit(self, commit: Commit, attempt: Attempt) -> None:
@@ -125,7 +126,7 @@ class Committer:
             self._hand_out(group, answers)
 
     async def _alone(self, commit: Commit) -> Answer:
-        """The answer to one commit of a group that was refused for good, none of it applied: for what is wrong
+        """The answer to one commit of a group that was refused for good and not applied: for what is wrong
         with one of them the others are not to blame."""
         try:
             return (await self._engine.backend.commit([commit]))[0]

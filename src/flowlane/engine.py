@@ -21,7 +21,7 @@ from flowlane.committer import Committer
 from flowlane.deadline import Deadline, Interrupted
 from flowlane.errors import ConfigError, Fenced, Permanent, Retryable, Superseded, VersionConflict
 from flowlane.events import Event
-from flowlane.lane import Completed, Lane, Stage, Trigger, Unit, stream_of
+from flowlane.lane import Completed, Fact, Lane, Stage, Trigger, Unit, stream_of
 from flowlane.ports import (
     Append,
     Backend,
@@ -346,10 +346,14 @@ class Engine:
         found = handling.handler(attempt.event, attempt)
         try:
             async for item in found:
-                await attempt.found(item)
-                if attempt.near_deadline():
+                if isinstance(item, Fact):
+                    due = await attempt.concluded(item)
+                else:
+                    due = attempt.found(item)
+                if due:
                     await attempt.flush()
-                    raise Interrupted(f"{attempt.progress.children:,} units registered so far")
+                    if attempt.near_deadline():
+                        raise Interrupted(f"{attempt.progress.children:,} units registered so far")
         finally:
             await found.aclose()
 
@@ -418,6 +422,14 @@ class Engine:
     ) -> None:
         """See a last commit through that did not simply succeed, and do what a success owes."""
         try:
+            await self._see_through(commit, attempt, result)
+        except Exception:  # noqa: BLE001  # the log is away; the lease will run out and the unit come again
+            attempt.outcome = "released"
+
+    async def _see_through(
+        self, commit: Commit, attempt: Attempt, result: Committed | VersionConflict | BaseException
+    ) -> None:
+        try:
             while isinstance(result, VersionConflict):
                 commit = attempt.end_again(result)
                 result = await self.commit(commit)
@@ -426,8 +438,6 @@ class Engine:
             await self.check_fan_in(commit, result)
         except VersionConflict:
             attempt.outcome = await self.conflict(attempt.delivery)
-        except Exception:  # noqa: BLE001  # the log is away; the lease will run out and the unit come again
-            attempt.outcome = "released"
 
     async def _again(self, commit: Commit, attempt: Attempt, error: BaseException) -> Committed:
         known = await self._look_up(attempt.final)

@@ -149,7 +149,7 @@ class Pump:
         for station in self._stations.values():
             while station.buffer and self._receiving:
                 delivery = station.buffer.popleft()
-                await delivery.nack()
+                await self._give_back(delivery)
                 station.release(delivery)
             while station.idle:
                 waiting = station.idle.popleft()
@@ -240,20 +240,31 @@ class Pump:
             delivery = buffer.popleft()
             slot.began = clock.monotonic()
             if self.deadline.near(slot.began):
-                await delivery.nack()
+                await self._give_back(delivery)
                 self._ended(delivery, "released")
                 continue
             slot.delivery = delivery
-            try:
-                result = await self.engine.process(delivery, self.deadline, slot)
-                if slot.why is not None:
-                    await self._absorb(slot)
-            except asyncio.CancelledError:
-                result = await self._interrupted(slot, delivery)
+            result = await self._handle(slot, delivery)
             slot.delivery = None
             slot.attempt = None
             if type(result) is str:
                 self._ended(delivery, result)
+
+    async def _handle(self, slot: Slot, delivery: Delivery) -> Attempt | Outcome:
+        result: Attempt | Outcome
+        try:
+            result = await self.engine.process(delivery, self.deadline, slot)
+        except asyncio.CancelledError:
+            return await self._interrupted(slot, delivery)
+        except Exception:  # noqa: BLE001  # the log or the queue is away; the lease will run out
+            result = "released"
+        if slot.why is not None:
+            await self._absorb(slot)
+        return result
+
+    async def _give_back(self, delivery: Delivery) -> None:
+        with suppress(Exception):  # the queue is away; the lease will run out
+            await delivery.nack()
 
     async def _interrupted(self, slot: Slot, delivery: Delivery) -> Attempt | Outcome:
         why, task = slot.why, slot.task
@@ -263,7 +274,7 @@ class Pump:
         if task.uncancel() > 0:
             raise asyncio.CancelledError
         if slot.attempt is None:
-            await delivery.nack()
+            await self._give_back(delivery)
             return "released"
         try:
             return await self.engine.fail(slot.attempt, why)

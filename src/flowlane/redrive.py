@@ -88,6 +88,7 @@ def _revived(engine: Engine, head: Event, number: int, run: object) -> Event:
     now = progress(head)
     now.attempt = now.hops = 0
     now.reason = ""
+    now.tallied = now.counts
     if run is not None:
         now.opened = number
     return _event(engine, events.UNIT_REDRIVEN, head, number, msgspec.Raw(events.encode_data(now)))

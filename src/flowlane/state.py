@@ -38,6 +38,18 @@ class Counts(msgspec.Struct, omit_defaults=True, gc=False):
         self.bytes_in += other.bytes_in
         self.bytes_out += other.bytes_out
 
+    def since(self, earlier: Counts) -> Counts:
+        """What has been added to `earlier` to make this one."""
+        return Counts(
+            self.records_in - earlier.records_in,
+            self.expanded - earlier.expanded,
+            self.records_out - earlier.records_out,
+            self.skipped - earlier.skipped,
+            self.quarantined - earlier.quarantined,
+            self.bytes_in - earlier.bytes_in,
+            self.bytes_out - earlier.bytes_out,
+        )
+
     @property
     def conserved(self) -> bool:
         """Whether every record that came in is accounted for."""
@@ -83,6 +95,7 @@ class Progress(msgspec.Struct, omit_defaults=True):
     transfers: dict[str, Transfer] = msgspec.field(default_factory=dict)
     reason: str = ""
     delay: float = 0.0
+    tallied: Counts | None = None  #: what earlier rounds have counted already
     opened: int = 0  #: run streams: the highest round opened
     completed: list[int] = msgspec.field(default_factory=list)  #: run streams: the rounds completed
     report: dict[str, Any] = msgspec.field(default_factory=dict)

@@ -51,8 +51,11 @@ async def _drained(app: Application, lane: Lane, run: str, left: set[str]) -> No
     """Return when `run` is over, what it owes after that (notices) too, and so is what was `left` before."""
     while True:
         moved = app.engine.moved
-        if not await _owed(app, lane, run, left):
-            return
+        try:
+            if not await _owed(app, lane, run, left):
+                return
+        except Retryable as error:
+            logger.warning("lane %s: cannot tell yet whether %s is over: %s", lane.name, run, error)
         try:
             async with asyncio.timeout(0.25):
                 await moved.wait()

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from flowlane import ConfigError, Context, Event, Lane, Permanent, Retryable, Unit
 from flowlane.aws_lambda import handler_for
 from flowlane.aws_lambda.function import Function, lane_of_environment, margin_of
+from flowlane.backends.memory import MemoryBackend
+from flowlane.clock import SystemClock
 from flowlane.events import Event as Envelope
 from flowlane.events import encode
 from flowlane.lane import Policy
@@ -390,6 +392,24 @@ def test_an_event_of_the_lane_is_drained_and_one_that_the_log_does_not_know_is_r
         assert failed(call(sqs(own("toy/run/9", "lane.triggered")), LONG)) == []
         report = call(json.loads(own("toy/thing/a@0")), LONG)
     assert report["run"] == "toy/run/shop,a"
+
+
+def test_a_run_whose_stage_is_gone_is_not_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    backend = MemoryBackend(SystemClock())
+
+    async def cut(event: Event, ctx: Context) -> None:
+        raise OSError("not yet")
+
+    with function(toy(cut, policy=Policy(backoff="1h", backoff_cap="1h")), backend=backend) as call:
+        assert failed(call(sqs(order("a")), Remaining(0.2))) == ["m0"]
+    later = toy()
+    del later.stages[1:]
+    with function(later, backend=backend) as call:
+        assert failed(call(sqs(order("a")), LONG)) == ["m0"]
+        assert "wait for a stage that lane toy does not have" in caplog.text
+        with pytest.raises(Permanent, match="wait for a stage"):
+            call(order("a"), LONG)
+        assert call(order("b", 0), LONG)["outcome"] == "settled"
 
 
 def test_facts_are_owed_to_nobody(caplog: pytest.LogCaptureFixture) -> None:

@@ -95,9 +95,9 @@ def failed(answer: dict[str, Any]) -> list[str]:
     return [item["itemIdentifier"] for item in answer["batchItemFailures"]]
 
 
-def toy(load: Callable[[Event, Context], Any] | None = None, name: str = "toy") -> Lane:
+def toy(load: Callable[[Event, Context], Any] | None = None, policy: Policy = QUICK) -> Lane:
     """A lane that makes units of an order, and handles each by `load`."""
-    lane = Lane(name, policy=QUICK)
+    lane = Lane("toy", policy=policy)
 
     @lane.stage(on=lane.triggered)
     async def find(event: Event, ctx: Context) -> AsyncIterator[Unit]:

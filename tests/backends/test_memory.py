@@ -13,6 +13,7 @@ from flowlane.testing.backend_model import Storage
 from flowlane.testing.backend_suite import BackendSuite
 from flowlane.testing.channel_suite import ChannelSuite
 from flowlane.testing.manual import ManualClock
+from flowlane.testing.units import applied, discover, found
 
 
 class MemoryStorage:
@@ -27,6 +28,15 @@ class TestBackend(MemoryStorage, BackendSuite):
 
 class TestChannel(MemoryStorage, ChannelSuite):
     pass
+
+
+async def test_leases_that_are_over_take_no_memory() -> None:
+    async with open_backend("memory://", Environment(ManualClock(), cast("Any", None))) as backend:
+        await applied(backend, discover(found("a")))
+        for _ in range(5000):
+            (delivery,) = await backend.receive(["load"], 1, lease=1e9)
+            await delivery.nack()
+        assert len(backend._leases) < 2500
 
 
 @pytest.mark.parametrize("uri", ["memory://name", "memory:///path", "sqlite://"])

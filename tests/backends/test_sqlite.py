@@ -181,6 +181,22 @@ async def test_the_write_ahead_log_does_not_grow_for_ever(tmp_path: Path) -> Non
     assert not path.with_name("f.db-wal").exists()
 
 
+async def test_what_this_process_publishes_wakes_a_receiver_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flowlane.backends.sqlite.backend.POLL", 60)
+    async with open_backend(f"sqlite:///{tmp_path}/f.db", environment()) as backend:
+        for n in range(60):
+            waiting = asyncio.create_task(backend.receive(["load"], 1, lease=9, wait=60))
+            for _ in range(n % 10):
+                await asyncio.sleep(0)
+            while n % 3 == 0 and not backend._news._waiters:
+                await asyncio.sleep(0.001)
+            await applied(backend, discover(found(f"u{n}")))
+            (delivery,) = await within(30, waiting)
+            await delivery.ack()
+
+
 async def test_waiting_costs_next_to_nothing(tmp_path: Path) -> None:
     async with open_backend(f"sqlite:///{tmp_path}/f.db", environment()) as backend:
         before = time.process_time()

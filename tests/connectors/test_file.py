@@ -212,6 +212,37 @@ async def test_a_dead_owners_part_is_renamed_a_live_ones_copied(
     assert [path.name for path in tmp_path.iterdir()] == [three.id]
 
 
+async def test_a_former_owner_cannot_even_write(store: FileStore, base: str) -> None:
+    async with store.upload(base + "a", owner="one") as one:
+        await one.write(b"x" * 1000)
+        position = await one.flush()
+        async with store.upload(base + "a", owner="two", resume=one.id, position=position):
+            with pytest.raises(Fenced):
+                await one.flush()
+            with pytest.raises(Fenced):
+                await one.write(b"x" * (1 << 20))
+
+
+async def test_a_double_of_the_same_owner_cannot_publish_the_others_bytes(
+    store: FileStore, base: str
+) -> None:
+    """One attempt, opened twice: both parts have one name, but only one of them is the file of that name."""
+    for overwrite in (False, True):
+        async with store.upload(base + "a", owner="one", overwrite=overwrite) as first:
+            await first.write(b"first")
+            async with store.upload(base + "a", owner="one", overwrite=overwrite) as second:
+                await second.write(b"half of sec")
+                await second.flush()
+                with pytest.raises(Fenced):
+                    await first.commit()
+                await first.abort()
+                assert await store.head(base + "a") is None
+                await second.write(b"ond")
+                await second.commit()
+        assert await fetch(store, base + "a") == b"half of second"
+        (Path(base.removeprefix("file://")) / "a").unlink()
+
+
 async def test_death_between_link_and_unlink(
     store: FileStore, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

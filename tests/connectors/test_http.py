@@ -138,6 +138,11 @@ async def test_headers_are_sent_and_described(store: http.HttpStore, server: Lyi
     assert (info.modified, info.content_type) == (modified, "application/gzip")
     sent = server.requests[-1].headers
     assert (sent["authorization"], sent["x-mine"], sent["accept-encoding"]) == ("Bearer b", "1", "identity")
+    await store.head(url, headers={"accept-encoding": "gzip", "user-agent": "mine"})
+    sent = server.requests[-1].headers
+    assert (sent["accept-encoding"], sent["user-agent"]) == ("gzip", "mine"), (
+        "the user's headers replace ours"
+    )
 
 
 async def test_retry_after_is_honoured(store: http.HttpStore, server: LyingServer) -> None:
@@ -258,10 +263,16 @@ async def test_ranges_are_believed_only_if_they_say_what_they_are(
     store: http.HttpStore, server: LyingServer
 ) -> None:
     data = noise(10_000)
-    for ranges in ("shifted", "silent"):
+    for ranges, says in (
+        ("shifted", "asked from byte 100, answered from 101"),
+        ("silent", "Content-Range ''"),
+    ):
         url = server.serve("/a", data, ranges=ranges)
-        with pytest.raises(Incomplete):
+        with pytest.raises(Incomplete, match=says):
             await fetch(store, url, start=100)
+    url = server.serve("/early", data, headers={"Content-Range": "bytes 50-9949/10000"})
+    with pytest.raises(Incomplete, match="answered from 50"):
+        await fetch(store, url, start=100)
     for said in (
         "bytes 100-50/10000",
         "bytes 100-9999/500",

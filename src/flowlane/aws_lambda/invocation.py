@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -35,6 +35,11 @@ logger = logging.getLogger("flowlane")
 #: Outcomes after which a message may be deleted: its unit has ended, or is owed to another delivery.
 _DONE: Final = frozenset({"settled", "dead", "retried", "continued"})
 _LOOK = 0.25
+#: The first look at the log that also asks whether a run can go on at all; then every one twice as late.
+_THOROUGH = 8
+
+#: A run is over; or waits for a stage that is gone; or the deadline came before either.
+End = Literal["over", "stuck", "near"]
 
 
 class Carried(msgspec.Struct, eq=False):
@@ -68,8 +73,8 @@ class Invocation:
         self._lane = lane
         self._deadline = deadline
         self._embedded = app.backend.exact_queue
-        self._pump = Pump(app.engine, deadline, receiving=self._embedded)
-        self._awaited: dict[str, asyncio.Future[bool]] = {}
+        self._pump = Pump(app.engine, deadline, receiving=self._embedded, only=app.settings.stage)
+        self._awaited: dict[str, asyncio.Future[End]] = {}
         self._wake = asyncio.Event()
 
     @property
@@ -130,27 +135,38 @@ class Invocation:
                 raise Retryable(f"the delivery of {head.subject} ended as {outcome}")
         return head.run
 
-    async def end(self, run: str) -> bool:
-        """Wait until every unit of `run` has ended: True; or until the deadline is near: False."""
+    async def end(self, run: str) -> End:
+        """Wait until every unit of `run` has ended (what it owes after that, notices, too)."""
         if run not in self._awaited:
             self._awaited[run] = asyncio.get_running_loop().create_future()
             self._wake.set()
         return await asyncio.shield(self._awaited[run])
 
-    async def left_open(self) -> set[str]:
-        """The runs of the lane that are open, whoever opened them."""
-        return {head.run async for head in self._app.backend.units(self._lane.name, "open") if head.run}
+    async def open_runs(self) -> tuple[set[str], set[str]]:
+        """The runs of which the lane's stages are owed a unit, and those of which a stage is that is gone."""
+        workable: set[str] = set()
+        parked: set[str] = set()
+        async for head in self._app.backend.units(self._lane.name, "open"):
+            if head.run and status(head) == "open":
+                (workable if self._app.engine.handling_of(head) else parked).add(head.run)
+        return workable, parked
 
-    async def ended(self, runs: set[str]) -> set[str]:
-        """Those of `runs` of which nothing is left to do, notices included."""
+    async def look(self, runs: set[str], *, thorough: bool = False) -> dict[str, End]:
+        """Those of `runs` that are over; if `thorough`, those that are stuck too."""
         heads = await self._app.backend.last(sorted(runs))
         over = {run for run, head in heads.items() if status(head) in ("settled", "dead")}
-        return over - await self.left_open() if over else over
+        if not over and not thorough:
+            return {}
+        workable, parked = await self.open_runs()
+        ends: dict[str, End] = dict.fromkeys(over - workable, "over")
+        if thorough:
+            ends.update(dict.fromkeys(parked.intersection(runs) - workable - over, "stuck"))
+        return ends
 
     async def _watch(self) -> None:
         """Answer all who wait for a run with one look at the log at a time."""
         engine, clock = self._app.engine, self._app.clock
-        pause = 0.001
+        pause, looks, thorough = 0.001, 0, _THOROUGH
         while True:
             waiting = {run for run, future in self._awaited.items() if not future.done()}
             if not waiting:
@@ -159,15 +175,19 @@ class Invocation:
                 self._wake.clear()
                 continue
             moved = engine.moved
+            looks += 1
+            ends: dict[str, End] = {}
             try:
-                over = await self.ended(waiting)
+                ends = await self.look(waiting, thorough=looks == thorough)
             except Exception as error:  # noqa: BLE001  # the log is away: ask again, until the deadline
                 logger.warning("lane %s: cannot see how its runs stand: %s", self._lane.name, describe(error))
-                over = set()
-            near = self._deadline.near(clock.monotonic())
-            for run in waiting if near else over:
-                self._awaited[run].set_result(run in over)
-            if near or over:
+            if looks == thorough:
+                thorough *= 2
+            if self._deadline.near(clock.monotonic()):
+                ends = {run: ends.get(run, "near") for run in waiting}
+            for run, end in ends.items():
+                self._awaited[run].set_result(end)
+            if ends:
                 continue
             pause = min(2 * pause, _LOOK)
             try:
@@ -200,7 +220,10 @@ async def handle(app: Application, lane: Lane, batch: Batch, deadline: Deadline)
             try:
                 message = batch.messages[index]
                 run = await invocation.take(payload.understand(message.body, lane.name), message.attempt)
-                if invocation.drains and not await invocation.end(run):
+                end = await invocation.end(run) if invocation.drains else "over"
+                if end == "stuck":
+                    raise _stuck(lane, run)
+                if end == "near":
                     unfinished[index] = run
                     # What follows waits for it; if it should end in the last moment, that is seen below.
                     for later in sequence[place + 1 : place + 2]:
@@ -213,7 +236,7 @@ async def handle(app: Application, lane: Lane, batch: Batch, deadline: Deadline)
     async with invocation.open(), asyncio.TaskGroup() as tasks:
         for sequence in batch.sequences():
             tasks.create_task(one_after_the_other(sequence))
-    over = await invocation.ended(set(unfinished.values())) if unfinished else set()
+    over = await invocation.look(set(unfinished.values()))
     for index, run in unfinished.items():
         if run not in over:
             fail(index, f"the run {run} is not finished: it goes on when the message comes again")
@@ -236,21 +259,30 @@ async def handle_direct(
         try:
             if invocation.near:
                 raise Retryable("nothing was begun: too little of the function's time is left")
-            others = await invocation.left_open() if invocation.drains else set()
+            others, _ = await invocation.open_runs() if invocation.drains else (set(), set())
             run = await invocation.take(wanted)
             if invocation.drains:
-                await asyncio.gather(*(invocation.end(name) for name in {run, *others}))
+                own, *_ = await asyncio.gather(*map(invocation.end, [run, *(others - {run})]))
+                if own == "stuck":
+                    raise _stuck(lane, run)
         except (Permanent, Retryable) as raised:
             error = raised
     if error is not None:
         raise error
     if not invocation.drains:
         return {"lane": lane.name, "run": run, "outcome": "open"}
-    if run not in await invocation.ended({run}):
+    if run not in await invocation.look({run}):
         raise Retryable(f"the run {run} is not finished: send the same event again, and it goes on")
     report = await report_of(app, lane, run)
     report.seconds = round(app.clock.monotonic() - began, 3)
     return report.brief()
+
+
+def _stuck(lane: Lane, run: str) -> Permanent:
+    return Permanent(
+        f"units of the run {run} wait for a stage that lane {lane.name} does not have (any more): "
+        "deploy it again, with upcasters if their type has changed"
+    )
 
 
 def _log(lane: Lane, batch: Batch, message: Message, reason: str) -> None:

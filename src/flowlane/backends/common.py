@@ -94,7 +94,7 @@ class News:
 
     def __init__(self) -> None:
         self._count = 0
-        self._waiters: set[asyncio.Event] = set()
+        self._waiters: dict[asyncio.Event, None] = {}  # in order: simulations depend on it
 
     def __call__(self) -> None:
         self._count += 1
@@ -111,14 +111,14 @@ class News:
         if seen != self._count:
             return
         waiter = asyncio.Event()
-        self._waiters.add(waiter)
+        self._waiters[waiter] = None
         try:
             async with asyncio.timeout(seconds):
                 await waiter.wait()
         except TimeoutError:
             pass
         finally:
-            self._waiters.remove(waiter)
+            del self._waiters[waiter]
 
 
 async def consume(

@@ -51,6 +51,10 @@ _DONE = Committed(_NOTHING)
 # An iteration gives way to other tasks after this many events.
 _CHUNK = 512
 
+# Streams of up to so many events are tuples: the garbage collector stops tracking those, while a list for
+# each of 100,000 units is 100,000 objects to go through, again and again.
+_SHORT = 8
+
 
 class _Delivery(msgspec.Struct, eq=False, gc=False):
     """``lease`` holds every delivery that was received along with this one and is not settled yet, this one
@@ -133,7 +137,7 @@ class MemoryBackend:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._order = count()  # breaks ties in heaps, so that events are never compared
-        self._streams: dict[str, list[Event]] = {}
+        self._streams: dict[str, Sequence[Event]] = {}  # see _SHORT
         self._lanes: dict[str, list[Event]] = {}
         self._index: dict[Index, dict[str, dict[str, None]]] = {"open": {}, "dead": {}}
         self._rounds: dict[tuple[str, int], _Round] = {}
@@ -163,8 +167,10 @@ class MemoryBackend:
             assert isinstance(commit.ack, _Delivery), "a delivery of another backend"
             self._ack(commit.ack)
         for publish in commit.publish:
-            if not (publish.repeat and publish.event.subject in self._queued):
-                self._queued[publish.event.subject] = self._queued.get(publish.event.subject, 0) + 1
+            name = publish.event.subject
+            queued = self._queued.get(name, 0)
+            if not (publish.repeat and queued):
+                self._queued[name] = queued + 1
                 self._put(publish.event, publish.stage, 0, publish.delay)
         return self._count(commit.tally) if commit.tally else _DONE
 
@@ -182,9 +188,11 @@ class MemoryBackend:
         name, lane = event.subject, event.source
         stream = self._streams.get(name)
         if stream is None:
-            self._streams[name] = [event]
-        else:
+            self._streams[name] = (event,)
+        elif isinstance(stream, list):
             stream.append(event)
+        else:
+            self._streams[name] = (*stream, event) if len(stream) < _SHORT else [*stream, event]
         history = self._lanes.get(lane)
         if history is None:
             history = self._lanes[lane] = []
@@ -192,27 +200,32 @@ class MemoryBackend:
                 streams[lane] = {}
         history.append(event)
         now = state.index(event)
-        for index, streams in self._index.items():
-            if index == now:
-                streams[lane][name] = None
-            else:
-                streams[lane].pop(name, None)
+        if now is not None:
+            self._index[now][lane][name] = None
+        if event.version > 1:
+            if now != "open":
+                self._index["open"][lane].pop(name, None)
+            if now != "dead":
+                self._index["dead"][lane].pop(name, None)
 
     def _count(self, tallies: Sequence[Tally]) -> Committed:
-        complete: dict[tuple[str, int], RunTally] | None = None
+        ended = False
         for tally in tallies:
             key = (tally.run, tally.round)
             round_ = self._rounds.get(key)
             if round_ is None:
                 round_ = self._rounds[key] = _Round()
             round_.add(tally)
+            ended = ended or round_.unsettled == 0
+        if not ended:
+            return _DONE
+        complete: dict[tuple[str, int], RunTally] = {}
         for tally in tallies:
             key = (tally.run, tally.round)
             round_ = self._rounds[key]
             if round_.unsettled == 0 and round_.tally.closed and round_.tally.complete:
-                complete = complete or {}
                 complete[key] = copy_tally(round_.tally)
-        return _DONE if complete is None else Committed(complete)
+        return Committed(complete) if complete else _DONE
 
     async def last(self, streams: Sequence[str]) -> Mapping[str, Event]:
         return {name: found[-1] for name in streams if (found := self._streams.get(name))}

@@ -14,6 +14,7 @@ from flowlane.cli.session import FAILED, Answer, Session
 from flowlane.cli.text import plural
 from flowlane.compose import Application, open_application
 from flowlane.deadline import Deadline
+from flowlane.errors import ConfigError
 from flowlane.lane import Lane, Trigger, stream_of
 from flowlane.report import Report
 from flowlane.state import status
@@ -54,7 +55,7 @@ async def run_lane(session: Session, lane: Lane, given: Given | None) -> Answer:
         slot = given.slot if given else f"{app.engine.stamp()}-{app.clock.token()[:6]}"
         run = stream_of(lane.name, Trigger(slot=slot))
         opened = run not in await app.backend.last([run])
-        earlier = {head.run async for head in app.backend.units(lane.name, "open") if head.run} - {run}
+        earlier = await _left_open(app, lane) - {run}
         async with showing(Totals(app, lane, [run, *sorted(earlier)]), stop, quiet=session.json):
             report = await run_once(
                 app, lane, slot=slot, event=given.value if given else None, deadline=deadline
@@ -63,6 +64,24 @@ async def run_lane(session: Session, lane: Lane, given: Given | None) -> Answer:
         ended.drained = [await report_of(app, lane, other) for other in sorted(earlier)]
         ended.interrupted = await _mark_open(app, [report, *ended.drained])
         return Answer(ended.document(), lambda screen: _show(screen, ended), ended.code)
+
+
+async def _left_open(app: Application, lane: Lane) -> set[str]:
+    """The runs that an earlier process left open, and that this one is going to drain as well.
+
+    Raises:
+        ConfigError: no stage of the lane handles what is left, so that it would be waited for in vain.
+    """
+    runs = set()
+    async for head in app.backend.units(lane.name, "open"):
+        if status(head) == "open" and app.engine.handling_of(head) is None:
+            raise ConfigError(
+                f"{head.subject} is owed to stage {head.stage!r}, which lane {lane.name} no longer has: "
+                f"let a stage have that name (name={head.stage!r}) until it is done"
+            )
+        if head.run:
+            runs.add(head.run)
+    return runs
 
 
 async def _mark_open(app: Application, reports: list[Report]) -> bool:

@@ -16,6 +16,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Final, NoReturn
 
 import aiohttp
+from multidict import CIMultiDict
 from yarl import URL
 
 from flowlane.clock import Clock
@@ -115,7 +116,9 @@ async def ask(
     except ValueError as error:
         raise ConfigError(f"bad URL {redact(url)}: {error}") from None
     always = {"Accept-Encoding": "identity", "User-Agent": "flowlane"}
-    sent = {**always, **(headers or {}), **own}
+    sent = CIMultiDict(always)
+    sent.update(headers or {})
+    sent.update(own)
     try:
         async with asyncio.timeout(ANSWER_TIMEOUT):
             for _ in range(MAX_HOPS + 1):
@@ -125,7 +128,7 @@ async def ask(
                 response.close()
                 hop = _hop(target, response.headers["Location"])
                 if hop.origin() != target.origin():
-                    sent = {**always, **own}
+                    sent = CIMultiDict(always | dict(own))
                 target = hop
     except TimeoutError:
         raise Retryable(f"{method} {redact(url)}: no answer within {ANSWER_TIMEOUT:.0f} s") from None

@@ -47,6 +47,8 @@ class Suite:
     """What the suites share: a clock, a storage, an open backend."""
 
     persistent: ClassVar[bool] = False
+    #: whether an ack, nack or extend after the end of the lease is refused even if nobody has received since
+    exact_leases: ClassVar[bool] = True
     LEASE: ClassVar[float] = 30.0
     WAIT: ClassVar[float] = 0.0
 
@@ -483,6 +485,18 @@ class QueueSuite(Suite):
         await applied(backend, Commit((append(following(head)),), ack=stale))  # the commit stands
         await self.elapse(clock, self.LEASE)
         assert (await self.receive_one(backend)).attempt == 3
+
+    async def test_a_lease_that_has_ended_is_lost_at_once(self, backend: Backend, clock: ManualClock) -> None:
+        if not self.exact_leases:
+            pytest.skip("a late ack may still count")
+        await applied(backend, *(discover(found(key)) for key in "abcd"))
+        acked, nacked, extended, committed = await self.receive(backend)
+        await self.elapse(clock, self.LEASE)
+        await acked.ack()
+        await nacked.nack(delay=self.LEASE)
+        assert await extended.extend(self.LEASE) is False
+        await applied(backend, Commit((), ack=committed))
+        assert len(await self.receive(backend)) == 4
 
     async def test_a_stale_ack_hits_no_later_message(self, backend: Backend, clock: ManualClock) -> None:
         await applied(backend, discover(found("a")))

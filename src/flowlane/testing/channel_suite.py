@@ -118,6 +118,22 @@ class ChannelSuite(Suite):
         for iterator in (stale, fast):
             await iterator.aclose()  # type: ignore[attr-defined]
 
+    async def test_a_stale_batch_frees_nobody_elses_hold(self, channel: Channel, clock: ManualClock) -> None:
+        await channel.put(records(10, keys=1))
+        iterators = [self.consume(channel, limit=4) for _ in range(3)]
+        slow = await anext(iterators[0])
+        await self.elapse(clock, self.HOLD + 1)
+        fast = await anext(iterators[1])
+        await slow.settle(0)
+        waiting = asyncio.ensure_future(anext(iterators[2]))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        await fast.settle()
+        third = await within(30, waiting)
+        assert [int(record.data) for record in third.records] == [4, 5, 6, 7]
+        for iterator in iterators:
+            await iterator.aclose()  # type: ignore[attr-defined]
+
     async def test_a_partition_is_handed_to_one_at_a_time(self, channel: Channel, clock: ManualClock) -> None:
         await channel.put(records(10, keys=1))
         one, two = self.consume(channel, limit=4), self.consume(channel, limit=4)

@@ -17,6 +17,7 @@ import heapq
 import random
 from asyncio import events
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from contextlib import suppress
 from contextvars import Context, ContextVar, copy_context
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
@@ -29,6 +30,10 @@ _STANDSTILL = 1_000_000
 
 class Deadlock(RuntimeError):
     """Nothing is ready, no timer is set, and what was to be run has not ended: it never will."""
+
+
+class SimulatedDeath(BaseException):
+    """Whoever runs or calls is dead. No code may catch it."""
 
 
 class Fate:
@@ -54,12 +59,9 @@ class Fate:
         assert self.dead
         for task in self.tasks:
             task._log_destroy_pending = False  # type: ignore[attr-defined]  # what else tells asyncio that it is meant
-            for _ in range(100):
-                try:
-                    task.get_coro().close()  # type: ignore[union-attr]  # None only for tasks that were never begun
-                    break
-                except BaseException:  # noqa: BLE001, S112  # the dead have no say
-                    continue
+            with suppress(BaseException):
+                while True:  # each time it awaits something else on its way out
+                    task.get_coro().throw(SimulatedDeath(self.name))  # type: ignore[union-attr]  # None: never begun
         self.tasks.clear()
         self.parked.clear()
 

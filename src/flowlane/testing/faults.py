@@ -51,7 +51,7 @@ from flowlane.ports import (
     Writer,
 )
 from flowlane.state import Position, RunTally
-from flowlane.testing.clock import FATE, Fate, VirtualClock, VirtualLoop
+from flowlane.testing.clock import FATE, Fate, SimulatedDeath, VirtualClock, VirtualLoop
 from flowlane.testing.stores import Ports, using
 
 T = TypeVar("T")
@@ -79,10 +79,6 @@ MESSAGES = (
 )
 
 
-class SimulatedDeath(BaseException):
-    """The process that calls is dead. No code may catch it."""
-
-
 class Unavailable(Retryable):
     """A port did not answer, by order of the simulation."""
 
@@ -93,6 +89,7 @@ class Counters:
     def __init__(self) -> None:
         self.reached: Counter[str] = Counter()
         self.fired: Counter[str] = Counter()
+        self.delivered = 0
 
 
 class Faults:
@@ -173,6 +170,12 @@ class Process:
         self._main = self.loop.create_task(body(), context=context)
         self._main.add_done_callback(self._done, context=Context())
         return self
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Let it do `work` besides; nobody waits for it."""
+        context = copy_context()
+        context.run(FATE.set, self.fate)
+        self.loop.create_task(work, context=context)
 
     def _done(self, main: asyncio.Task[None]) -> None:
         if not self.ended.done():
@@ -371,6 +374,7 @@ class FaultyBackend:
             return [FaultyDelivery(process, delivery) for delivery in got if await self._arrives(delivery)]
 
         arrived = await process.call("backend.receive", take)
+        process.counters.delivered += len(arrived)
         if len(arrived) > 1 and process.chance("reordered messages"):
             process.rng.shuffle(arrived)
         return arrived

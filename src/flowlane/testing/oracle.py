@@ -113,7 +113,7 @@ def check_tokens(log: Log) -> list[str]:
     for name, stream in log.units().items():
         token = 0
         for event in stream:
-            now = progress(event).token if event.data != events.EMPTY else token
+            now = progress(event).token
             if event.type == events.ATTEMPT_STARTED and now != event.version:
                 found.append(f"{name}: the attempt begun by version {event.version} has token {now}")
             if now < token:

@@ -95,8 +95,7 @@ class Prepared(msgspec.Struct, gc=False):
     heads: list[tuple[str, int, int]]  #: stream, version expected, version afterwards
     log: list[Any]
     units: list[tuple[str, str, str | None]]  #: stream, lane, index
-    publish: list[tuple[str, int, str, int, str | None]]
-    repeat: list[tuple[str, int, str, int, str | None]]
+    publish: list[tuple[bool, str, int, str, int, str | None]]  #: whether repeated, then as in the queue
     tally: Sequence[Tally]
     ack: tuple[int, int] | None  #: queue id and lease
 
@@ -108,7 +107,7 @@ class Work:
 
     def __init__(self, commits: list[Prepared]) -> None:
         self.commits = commits
-        self.wakes = any(commit.publish or commit.repeat for commit in commits)
+        self.wakes = any(commit.publish for commit in commits)
 
     def abandoned(self, answer: Any) -> None:
         """Nothing: the commits stand."""
@@ -137,13 +136,14 @@ def prepare(commit: Commit, ack: tuple[int, int] | None) -> Prepared:
         index = state.index(last)
         if index or append.expected:
             units.append((append.stream, last.source, index))
-    prepared = Prepared(heads, log, units, [], [], commit.tally, ack)
+    rows: list[tuple[bool, str, int, str, int, str | None]] = []
     for publish in commit.publish:
         event = publish.event
         text = None if (event.subject, event.version) in own else encode(sealed(event)).decode()
-        row = (publish.stage, ceil(publish.delay * 1000), event.subject, event.version, text)
-        (prepared.repeat if publish.repeat else prepared.publish).append(row)
-    return prepared
+        rows.append(
+            (publish.repeat, publish.stage, ceil(publish.delay * 1000), event.subject, event.version, text)
+        )
+    return Prepared(heads, log, units, rows, commit.tally, ack)
 
 
 def apply(
@@ -206,27 +206,32 @@ def _conflicts(connection: sqlite3.Connection, group: Sequence[Prepared]) -> dic
 def _write(connection: sqlite3.Connection, group: Iterable[Prepared], now: int) -> None:
     log: list[Any] = []
     units: dict[str, tuple[str, str, str | None]] = {}
-    publish: list[Any] = []
-    repeat: list[tuple[Any, ...]] = []
     acks: list[Any] = []
+    publish: list[Any] = []
     for commit in group:
         log += commit.log
         for unit in commit.units:
             units[unit[0]] = unit
-        for stage, delay, stream, version, event in commit.publish:
-            publish += (stage, now + delay, stream, version, event)
-        for stage, delay, stream, version, event in commit.repeat:
-            repeat.append((stage, now + delay, stream, version, event))
         if commit.ack is not None:
             acks += commit.ack
+        for repeat, stage, delay, stream, version, event in commit.publish:
+            if repeat:
+                # Whether the unit is queued depends on all that was acked and published before, in order.
+                _flush(connection, acks, publish, now)
+                connection.execute(_REMIND, (stage, now + delay, stream, version, event))
+            else:
+                publish += (stage, now + delay, stream, version, event)
     _LOG.run(connection, log)
     _LIST.run(connection, [value for unit in units.values() if unit[2] for value in unit])
     _UNLIST.run(connection, [stream for stream, _, index in units.values() if not index])
-    # Before the publishing: a reminder of a unit whose delivery is acked here must not find it queued.
+    _flush(connection, acks, publish, now)
+
+
+def _flush(connection: sqlite3.Connection, acks: list[Any], publish: list[Any], now: int) -> None:
     settle(connection, acks, now)
     _PUBLISH.run(connection, publish)
-    if repeat:
-        connection.executemany(_REMIND, repeat)
+    acks.clear()
+    publish.clear()
 
 
 def settle(connection: sqlite3.Connection, leases: list[Any], now: int) -> None:
