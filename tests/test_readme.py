@@ -1,9 +1,11 @@
 """The README keeps its word: its lanes run, its commands exist, its links lead somewhere."""
 
+import asyncio
 import gzip
 import json
 import re
 import shlex
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -48,8 +50,13 @@ async def test_the_first_lane_lands_archives(tmp_path: Path, monkeypatch: pytest
         path = lane_file(tmp_path, SNIPPETS[0])
         text = path.read_text().replace("https://data.gharchive.org/", server.url("/"))
         path.write_text(text.replace("2024-01-01T00", f"{now:%Y-%m-%dT%H}"))
-        report = await _in_thread(run, path, tmp_path)
-    assert report["units"]["found"] == 1  # type: ignore[index]
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "flowlane", "run", str(path), "--json"),
+            *("--backend", f"sqlite:///{tmp_path}/flowlane.db"),
+            stdout=asyncio.subprocess.PIPE,
+        )
+        output, _ = await process.communicate()
+    assert json.loads(output)["units"]["found"] == 1
     assert (tmp_path / f"data/lake/raw/{now:%Y-%m-%d}-{now.hour}.json.gz").read_bytes() == data
 
 
@@ -62,12 +69,6 @@ def test_the_lane_of_ones_own_loads_rows(tmp_path: Path) -> None:
     assert report["records"] == {"in": 300, "expanded": 0, "out": 299, "skipped": 0, "quarantined": 1}
     (bad,) = (tmp_path / "quarantine").rglob("*.jsonl")
     assert json.loads(bad.read_text())["reason"] == "an order without an id"
-
-
-async def _in_thread(function: object, *arguments: object) -> dict[str, object]:
-    import asyncio
-
-    return await asyncio.to_thread(function, *arguments)  # type: ignore[arg-type, no-any-return]
 
 
 @pytest.mark.parametrize(("tool", "line"), COMMANDS)

@@ -2,7 +2,7 @@
 
 ``python benchmarks/cases/import_cost.py [runs]`` prints one JSON object. ``cpu_ms`` is the median over fresh
 processes (user and system time, the interpreter's own start left out); what asyncio and msgspec cost, without
-which nothing works, is measured in turn with it. The first process, which may compile byte code, does not count.
+which nothing works, is measured in turn with it. The first process may compile byte code and does not count.
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ CHUNK = 64
 #: Seconds that a unit found may wait for others to be registered with.
 PATIENCE = 1.0
 _MAX_STEP_RESULT = 64 * 1024
+_NO_COUNTS = Counts()
 Terminal = Literal["unit.settled", "unit.skipped", "unit.superseded", "unit.dead"]
 
 
@@ -226,7 +227,8 @@ class Attempt:
         return (
             len(self._children) + len(self._facts) >= CHUNK
             or now - self._waiting_since > PATIENCE
-            or self.near_deadline()
+            or self.lost
+            or self.deadline.near(now)
         )
 
     def _add_child(self, unit: Unit) -> None:
@@ -374,6 +376,8 @@ class Attempt:
         counts = self._progress.counts if self._progress is not None else None
         if counts is not None and self.progress.tallied is not None:
             counts = counts.since(self.progress.tallied)
+        if counts == _NO_COUNTS:
+            counts = None
         head, name = self.origin, self.stage.name
         if self.stage.on == events.LANE_TRIGGERED:
             return (Tally(head.run, head.round, name, counts=counts, closed=True),)

@@ -54,6 +54,8 @@ _AT_WORK = frozenset(
     }
 )
 _COMMIT_TRIES = 4
+#: Of several errors at once the first of these kinds says what becomes of the unit.
+_DECISIVE = (Fenced, ConfigError, Permanent, Superseded, Retryable, Interrupted)
 
 
 class Handling:
@@ -361,6 +363,7 @@ class Engine:
 
     async def fail(self, attempt: Attempt, error: BaseException) -> Attempt | Outcome:
         """What becomes of a unit whose attempt ended with `error`; hands the commit to the committer."""
+        error = leaf(error)
         now = attempt.progress
         policy = attempt.stage.policy
         if isinstance(error, Fenced) and await self._overtaken(attempt):
@@ -555,6 +558,15 @@ class Engine:
         async with store.upload(url, owner=owner, overwrite=True) as upload:
             await upload.write(lines)
             await upload.commit()
+
+
+def leaf(error: BaseException) -> BaseException:
+    """What a group of errors (of a handler's ``TaskGroup``) comes down to: the one that decides most, or the
+    first where none is known."""
+    while isinstance(error, BaseExceptionGroup):
+        known = [found for kind in _DECISIVE if (found := error.subgroup(kind)) is not None]
+        error = (known[0] if known else error).exceptions[0]
+    return error
 
 
 def describe(error: BaseException) -> str:

@@ -27,7 +27,7 @@ def flowlane_provides() -> Sequence[Provides]:
     return [
         Provides("backend", "memory", "flowlane.backends.memory:open_backend"),
         Provides("backend", "sqlite", "flowlane.backends.sqlite:open_backend"),
-        Provides("store", "file", "flowlane.connectors.file:open_store"),
+        Provides("store", "file", "flowlane.connectors.file:open_store", query="data"),
         Provides("store", "http", "flowlane.connectors.http:open_store", query="data"),
         Provides("store", "https", "flowlane.connectors.http:open_store", query="data"),
         Provides("source", "file", "flowlane.connectors.records:open_source"),

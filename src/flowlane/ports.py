@@ -437,6 +437,11 @@ class Writer(Protocol):
         """Where the sink itself says this unit's split stands; ``None`` where only the log knows."""
         ...
 
+    @property
+    def resume(self) -> str:
+        """What ``Sink.open`` is given to go on behind the last batch written; empty if it needs nothing."""
+        ...
+
     async def write(self, batch: Batch) -> Sequence[Bad]:
         """The batch's records are in the target, once: a batch that ends at or before ``position`` changes
         nothing. Returns the records that the target refuses, which were left out.

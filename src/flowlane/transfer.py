@@ -7,11 +7,12 @@ reading resumes: batches in between are cut the same way again, counted, and fou
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import aclosing, contextmanager
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import msgspec
 
@@ -145,7 +146,7 @@ class _Copy:
                     )
                 await self._pass_on(body, goal)
             self._prove()
-        except Damaged:
+        except (Damaged, Permanent, ConfigError):
             await self._discard()
             raise
         except Superseded:
@@ -172,14 +173,13 @@ class _Copy:
                 rest = block[cut:] if cut else block
                 await self._digest(rest)
                 await self.upload.write(rest)
-            if self.offset <= goal:
-                continue
-            if self.attempt.near_deadline():
+            if self.offset > goal and self.attempt.near_deadline():
                 await self._keep()
                 raise Interrupted(f"{self.offset:,} bytes of {self.where} have landed so far")
             if clock.monotonic() - self.logged_at > rhythm:
-                await self._keep()
-                await self.log(events.BATCH_WRITTEN)
+                if self.offset > goal:
+                    await self._mark()
+                await self.log(events.BATCH_WRITTEN)  # on the way to the goal too: somebody is at work
 
     async def _digest(self, block: bytes) -> None:
         if self.prover is None:
@@ -214,6 +214,12 @@ class _Copy:
         if not self.state.etag:
             await self._discard()
             return
+        await self._mark()
+
+    async def _mark(self) -> None:
+        """Whoever comes next may go on from here, if the source can be pinned."""
+        if not self.state.etag:
+            return
         flushed = await self.upload.flush()
         if flushed == self.offset:
             position = Position(self.offset, 0, self.crc)
@@ -232,7 +238,7 @@ class _Copy:
         """Make the object visible, whole."""
         if overwrite:
             # Nothing in the store tells a zombie's replacement from ours: ask the log, then replace.
-            await self._keep()
+            await self._mark()
             await self.log(events.BATCH_WRITTEN)
         elif self.attempt.lost:
             raise Fenced(f"{to}: the lease of this attempt was lost; another one has the unit")
@@ -336,7 +342,7 @@ class _Load:
             position=batch.end,
             high=max(self.state.high, batch.end.offset),
             etag=split.etag,
-            upload=getattr(writer, "resume", ""),
+            upload=writer.resume,
             counts=total,
         )
         await self._log(moved=True)
@@ -362,11 +368,13 @@ def apply_map(function: Mapper, batch: Batch, went: Counts) -> tuple[list[Record
     """Each record through `function`; skipped and expanded ones counted in `went`, bad ones returned."""
     kept: list[Record] = []
     bad: list[Bad] = []
-    for number, record in enumerate(batch.records):
+    unreadable = {found.row for found in batch.bad}
+    rows = (row for row in range(batch.start.row, batch.end.row) if row not in unreadable)
+    for row, record in zip(rows, batch.records, strict=False):  # expanded records share no row of their own
         try:
             result = function(record)
         except BadRecord as error:
-            bad.append(Bad(batch.start.row + number, str(error), repr(record)[:1000]))
+            bad.append(Bad(row, str(error), repr(record)[:1000]))
             continue
         if result is None:
             went.skipped += 1
@@ -401,7 +409,11 @@ def check_magic(where: str, block: bytes) -> None:
 
 def quarantine_url(folder: str, attempt: Attempt, split: Split, start: Position) -> str:
     """Where the bad records of one batch go: the same place however often the batch is repeated."""
-    unit = quote(attempt.unit, safe="")[:180]
-    return (
-        f"{folder.rstrip('/')}/{attempt.lane}/{unit}/{quote(split.id, safe='')[:120]}-{start.row:012d}.jsonl"
-    )
+    name = f"{_plain(split.id)}-{start.row:012d}.jsonl"
+    return f"{folder.rstrip('/')}/{attempt.lane}/{_plain(attempt.unit)}/{name}"
+
+
+def _plain(name: str) -> str:
+    """A name for a folder or file that tells of `name` and is nobody else's."""
+    digest = blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+    return f"{re.sub(r'[^A-Za-z0-9_-]+', '-', name)[-60:].strip('-')}-{digest}"

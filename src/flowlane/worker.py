@@ -64,14 +64,21 @@ async def _drained(app: Application, lane: Lane, run: str, left: set[str]) -> No
 
 
 async def _owed(app: Application, lane: Lane, run: str, left: set[str]) -> bool:
-    head = (await app.backend.last([run]))[run]
-    if status(head) not in ("settled", "dead"):
-        return True
+    waited: set[str] = set()
+    stuck: set[str] = set()
     async for owed in app.backend.units(lane.name, "open"):
-        # What an older release of the lane left to a stage that is gone can be waited for in vain.
-        if owed.run == run or (owed.run in left and app.engine.handling_of(owed) is not None):
-            return True
-    return False
+        if app.engine.handling_of(owed) is None:
+            # What an older release of the lane left to a stage that is gone would be waited for in vain, and
+            # so would the end of its run.
+            stuck.add(owed.run)
+        elif owed.run == run or owed.run in left:
+            if status(owed) != "closed":
+                return True
+            waited.add(owed.run)
+    if waited - stuck:
+        return True
+    head = (await app.backend.last([run]))[run]
+    return run not in stuck and status(head) not in ("settled", "dead")
 
 
 async def report_of(app: Application, lane: Lane, run: str) -> Report:

@@ -8,7 +8,7 @@ import pty
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +38,33 @@ async def load(event, ctx):
 """
 
 
-async def started(*arguments: str, **more: Any) -> asyncio.subprocess.Process:
-    pipe = asyncio.subprocess.PIPE
-    return await asyncio.create_subprocess_exec(*COMMAND, *arguments, stdout=pipe, stderr=pipe, **more)
+Start = Callable[..., Awaitable[asyncio.subprocess.Process]]
 
 
-async def begun(count: int) -> None:
-    """Return once the slow lane has begun that many units."""
-    while not Path("begun").exists() or Path("begun").stat().st_size < count:  # noqa: ASYNC110  # another process's
-        await asyncio.sleep(0.02)
+@pytest.fixture
+async def started(cli_in: Cli) -> AsyncIterator[Start]:
+    """Starts the command line in a process of its own, which does not outlive the test."""
+    processes: list[asyncio.subprocess.Process] = []
+
+    async def start(*arguments: str, **more: Any) -> asyncio.subprocess.Process:
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(*COMMAND, *arguments, stdout=pipe, stderr=pipe, **more)
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
+
+
+async def begun(count: int, process: asyncio.subprocess.Process) -> None:
+    """Return once `process` has begun that many units of the slow lane."""
+    async with asyncio.timeout(30):
+        while not Path("begun").exists() or Path("begun").stat().st_size < count:
+            assert process.returncode is None, await process.communicate()
+            await asyncio.sleep(0.02)
 
 
 def test_run_as_a_process(process: Process) -> None:
@@ -104,12 +122,11 @@ def test_a_pipe_does_not_import_rich(process: Process) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.usefixtures("cli_in")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_an_interrupted_run_says_so_and_goes_on(number: signal.Signals) -> None:
+async def test_an_interrupted_run_says_so_and_goes_on(started: Start, number: signal.Signals) -> None:
     Path("slow.py").write_text(SLOW)
     run = await started("run", "slow.py", "--json")
-    await begun(3)
+    await begun(3, run)
     run.send_signal(number)
     out, _ = await asyncio.wait_for(run.communicate(), 30)
     assert run.returncode == 1
@@ -126,9 +143,8 @@ async def test_an_interrupted_run_says_so_and_goes_on(number: signal.Signals) ->
     assert Path("begun").stat().st_size == 40
 
 
-@pytest.mark.usefixtures("cli_in")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_the_worker_serves_until_it_is_told(number: signal.Signals) -> None:
+async def test_the_worker_serves_until_it_is_told(started: Start, number: signal.Signals) -> None:
     Path("slow.py").write_text(SLOW)
     worker = await started("worker", "slow.py", "toy.py")
     assert worker.stdout is not None
@@ -138,15 +154,14 @@ async def test_the_worker_serves_until_it_is_told(number: signal.Signals) -> Non
         f"serving slow (every 1h; stages find, load) on {backend}\n",
         f"serving toy (every 5m; stages find, load, tell) on {backend}\n",
     ]
-    await begun(3)
+    await begun(3, worker)
     worker.send_signal(number)
     out, _ = await asyncio.wait_for(worker.communicate(), 30)
     assert worker.returncode == 0
     assert out in (b"", b"the lane's own words\n")
 
 
-@pytest.mark.usefixtures("cli_in")
-async def test_a_worker_of_one_stage_leaves_the_others_alone() -> None:
+async def test_a_worker_of_one_stage_leaves_the_others_alone(started: Start) -> None:
     Path("slow.py").write_text(SLOW)
     first = await started("worker", "slow.py", "--json", env={**os.environ, "FLOWLANE_STAGE": "find"})
     assert first.stdout is not None
@@ -198,8 +213,7 @@ lane = http_archive(
 """
 
 
-@pytest.mark.usefixtures("cli_in")
-async def test_the_archive_recipe() -> None:
+async def test_the_archive_recipe(started: Start) -> None:
     environment = {**os.environ, "FLOWLANE_ALLOW_PRIVATE_HOSTS": "1"}
     data = gzip.compress(b"".join(b'{"id": %d}\n' % n for n in range(500)))
     cut = data[: len(data) // 2]

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -315,3 +316,8 @@ def test_what_the_lane_prints_is_not_in_the_document(cli_in: Cli) -> None:
     result = cli_in("run", "toy.py", "--json")
     assert result.stderr == "the lane's own words\n"
     assert json.loads(result.stdout)["lane"] == "toy"
+
+
+def test_a_run_in_a_thread_which_gets_no_signals(cli_in: Cli) -> None:
+    with ThreadPoolExecutor() as threads:
+        assert threads.submit(cli_in, "run", "toy.py").result().exit_code == 1

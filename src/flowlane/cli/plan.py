@@ -22,9 +22,10 @@ async def show_plan(session: Session, lane: Lane, limit: int) -> Answer:
         async for unit in plan(app.engine, lane):
             figures = stages.setdefault(unit.stage, {"units": 0, "bytes": 0, "unknown": 0})
             figures["units"] += 1
-            figures["bytes" if unit.size >= 0 else "unknown"] += (
-                max(unit.size, 1) if unit.size < 0 else unit.size
-            )
+            if unit.size < 0:
+                figures["unknown"] += 1
+            else:
+                figures["bytes"] += unit.size
             if len(planned) < limit:
                 planned.append(unit)
     total = {name: sum(stage[name] for stage in stages.values()) for name in ("units", "bytes", "unknown")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,15 +9,13 @@ from typing import Any
 from flowlane.cli.event import Given
 from flowlane.cli.progress import Totals, showing
 from flowlane.cli.screen import Cell, Screen
-from flowlane.cli.session import FAILED, Answer, Session
+from flowlane.cli.session import FAILED, Answer, Session, until_told
 from flowlane.cli.text import plural
 from flowlane.compose import Application, open_application
-from flowlane.deadline import Deadline
-from flowlane.errors import ConfigError
 from flowlane.lane import Lane, Trigger, stream_of
 from flowlane.report import Report
 from flowlane.state import status
-from flowlane.worker import report_of, run_once, stop_on_signals
+from flowlane.worker import report_of, run_once
 
 AGAIN = "interrupted; run again to go on"
 
@@ -50,48 +47,40 @@ class _Ended:
 async def run_lane(session: Session, lane: Lane, given: Given | None) -> Answer:
     """Trigger and drain `lane`; `given` is the outer event, if there is one."""
     async with open_application([lane], session.settings) as app:
-        stop, deadline = asyncio.Event(), Deadline()
-        stop_on_signals(asyncio.get_running_loop(), app.clock.monotonic, stop, deadline)
+        stop, deadline = until_told(app)
         slot = given.slot if given else f"{app.engine.stamp()}-{app.clock.token()[:6]}"
         run = stream_of(lane.name, Trigger(slot=slot))
         opened = run not in await app.backend.last([run])
-        earlier = await _left_open(app, lane) - {run}
+        earlier = {head.run async for head in app.backend.units(lane.name, "open") if head.run} - {run}
         async with showing(Totals(app, lane, [run, *sorted(earlier)]), stop, quiet=session.json):
             report = await run_once(
                 app, lane, slot=slot, event=given.value if given else None, deadline=deadline
             )
         ended = _Ended(report, opened)
         ended.drained = [await report_of(app, lane, other) for other in sorted(earlier)]
-        ended.interrupted = await _mark_open(app, [report, *ended.drained])
+        ended.interrupted = await _mark_open(app, lane, [report, *ended.drained])
         return Answer(ended.document(), lambda screen: _show(screen, ended), ended.code)
 
 
-async def _left_open(app: Application, lane: Lane) -> set[str]:
-    """The runs that an earlier process left open, and that this one is going to drain as well.
-
-    Raises:
-        ConfigError: no stage of the lane handles what is left, so that it would be waited for in vain.
-    """
-    runs = set()
+async def _mark_open(app: Application, lane: Lane, reports: list[Report]) -> bool:
+    """A run that has not ended has not settled, and says why; whether one was interrupted."""
+    heads = await app.backend.last([report.run for report in reports])
+    unfinished = {
+        report.run: report for report in reports if status(heads[report.run]) not in ("settled", "dead")
+    }
+    if not unfinished:
+        return False
+    reasons = dict.fromkeys(unfinished, AGAIN)
     async for head in app.backend.units(lane.name, "open"):
-        if status(head) == "open" and app.engine.handling_of(head) is None:
-            raise ConfigError(
+        if reasons.get(head.run) == AGAIN and app.engine.handling_of(head) is None:
+            reasons[head.run] = (
                 f"{head.subject} is owed to stage {head.stage!r}, which lane {lane.name} no longer has: "
                 f"let a stage have that name (name={head.stage!r}) until it is done"
             )
-        if head.run:
-            runs.add(head.run)
-    return runs
-
-
-async def _mark_open(app: Application, reports: list[Report]) -> bool:
-    """A run that has not ended has not settled; whether there is one."""
-    heads = await app.backend.last([report.run for report in reports])
-    unfinished = [report for report in reports if status(heads[report.run]) not in ("settled", "dead")]
-    for report in unfinished:
+    for run, report in unfinished.items():
         report.outcome = "failed"
-        report.reason = f"{report.reason}; {AGAIN}" if report.reason else AGAIN
-    return bool(unfinished)
+        report.reason = f"{report.reason}; {reasons[run]}" if report.reason else reasons[run]
+    return AGAIN in reasons.values()
 
 
 def _show(screen: Screen, ended: _Ended) -> None:

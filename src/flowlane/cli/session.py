@@ -6,11 +6,12 @@ import asyncio
 import json
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -18,9 +19,13 @@ import msgspec
 from flowlane.cli.logs import logging_to_stderr
 from flowlane.cli.screen import Screen
 from flowlane.cli.text import one_line
+from flowlane.deadline import Deadline
 from flowlane.errors import ConfigError, FlowlaneError
 from flowlane.lane import Lane
 from flowlane.settings import Settings
+
+if TYPE_CHECKING:
+    from flowlane.compose import Application
 
 #: Exit codes: 0 and 1 are the lane's; 2 means that nothing was started; 130 that the user ended it.
 FAILED, CONFIGURATION, INTERRUPTED = 1, 2, 130
@@ -117,6 +122,16 @@ class Session:
             with suppress(BrokenPipeError):
                 self._document({"error": {"kind": kind, "message": message}})
         return code
+
+
+def until_told(app: Application) -> tuple[asyncio.Event, Deadline]:
+    """What SIGTERM and SIGINT set, and the deadline that they move close. A thread gets no signals."""
+    from flowlane.worker import stop_on_signals
+
+    stop, deadline = asyncio.Event(), Deadline()
+    if threading.current_thread() is threading.main_thread():
+        stop_on_signals(asyncio.get_running_loop(), app.clock.monotonic, stop, deadline)
+    return stop, deadline
 
 
 def _leaf(error: BaseException) -> BaseException:

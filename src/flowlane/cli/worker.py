@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import Any
 
 from flowlane.cli.screen import Screen
-from flowlane.cli.session import Answer, Session
+from flowlane.cli.session import Answer, Session, until_told
 from flowlane.compose import open_application
-from flowlane.deadline import Deadline
 from flowlane.errors import ConfigError, redact
 from flowlane.lane import Lane
-from flowlane.worker import serve, stop_on_signals
+from flowlane.worker import serve
 
 
 async def work(session: Session, lanes: Sequence[Lane]) -> None:
@@ -27,8 +25,7 @@ async def work(session: Session, lanes: Sequence[Lane]) -> None:
         known = ", ".join(sorted({stage.name for lane in lanes for stage in lane.stages}))
         raise ConfigError(f"FLOWLANE_STAGE={only!r}: no lane given has such a stage; there are {known}")
     async with open_application(lanes, session.settings) as app:
-        stop, deadline = asyncio.Event(), Deadline()
-        stop_on_signals(asyncio.get_running_loop(), app.clock.monotonic, stop, deadline)
+        stop, deadline = until_told(app)
         document: dict[str, Any] = {
             "backend": redact(session.settings.backend),
             "lanes": [

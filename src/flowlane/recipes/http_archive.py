@@ -63,6 +63,7 @@ class Bookmark(Fact, type="bookmark"):
     etags: dict[str, str] = msgspec.field(
         default_factory=dict
     )  #: refresh only: the version last found of each recent period
+    heard: str = ""  #: the run in which the server, silent for some periods, did answer for others
 
 
 def http_archive(
@@ -147,6 +148,8 @@ class _Plan:
         self.until = until
         self.step = timedelta(seconds=duration(step))
         self.max_gap = timedelta(seconds=duration(max_gap))
+        if self.step.microseconds or start.microsecond:
+            raise ConfigError(f"step={step!r}, start={start}: periods begin and last whole seconds")
         if until is not None and until <= start:
             raise ConfigError(
                 f"until={_text(until)} is not after start={_text(start)}: nothing would ever be landed"
@@ -201,6 +204,7 @@ class _Search:
         self._pending = {} if mark is None else dict(mark.pending)
         self._gaps = [] if mark is None else list(mark.gaps)
         self._etags = {} if mark is None else dict(mark.etags)
+        self._heard = "" if mark is None else mark.heard
         self._answers = 0
         self._silent: list[Retryable] = []
         self.changed = False
@@ -219,9 +223,13 @@ class _Search:
         """Ask for all of `periods`, and note the answers in order."""
         async with asyncio.TaskGroup() as tasks:
             asked = [tasks.create_task(self._head(period)) for period in periods]
-        return [
+        found = [
             (period, self._note(period, task.result())) for period, task in zip(periods, asked, strict=True)
         ]
+        if self._silent and self._answers and self._heard != self._ctx.run:
+            self._heard = self._ctx.run  # the next attempt asks only for the silent ones
+            self.changed = True
+        return found
 
     async def _head(self, period: datetime) -> ObjectInfo | Retryable | Permanent | None:
         try:
@@ -259,7 +267,11 @@ class _Search:
         return known is None or known != found.etag
 
     def _missing(self, period: datetime, text: str) -> None:
-        if self._ctx.now() - (period + self._plan.step) <= self._plan.max_gap:
+        recent = self._ctx.now() - (period + self._plan.step) <= self._plan.max_gap
+        if text in self._etags:  # it was found before it was taken away: a unit, whatever its source says now
+            self.changed |= not recent and self._etags.pop(text, None) is not None
+            return
+        if recent:
             self._wait(text, "404: not published (yet)")
             return
         self._pending.pop(text, None)
@@ -267,6 +279,8 @@ class _Search:
         self.changed = True
 
     def _wait(self, text: str, reason: str) -> None:
+        if text in self._etags:
+            return
         known = self._pending.get(text)
         if known is None or known.reason != reason:
             since = known.since if known else _text(self._ctx.now())
@@ -293,6 +307,7 @@ class _Search:
             pending=dict(self._pending),
             gaps=list(self._gaps),
             etags=dict(self._etags),
+            heard=self._heard,
         )
 
     def finish(self) -> None:
@@ -302,7 +317,7 @@ class _Search:
         """
         if not self._silent:
             return
-        if self._ctx.attempts_left or not self._answers:
+        if self._ctx.attempts_left or self._heard != self._ctx.run:
             first = self._silent[0]
             raise Retryable(f"no answer for {len(self._silent)} periods: {first}", delay=first.delay)
 

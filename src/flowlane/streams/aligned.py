@@ -14,8 +14,8 @@ _HEAD: Final = 1000
 
 
 class Stretch(NamedTuple):
-    """``lines``: whole lines; ``long``: a part of a line that is too long; ``end``: the last part of one, with
-    what is to be said of it."""
+    """``lines``: whole lines; ``long``: a part of a line that is too long; ``end``: the last part of one,
+    with what is to be said of it."""
 
     kind: Literal["lines", "long", "end"]
     data: bytes

@@ -26,6 +26,7 @@ from flowlane.state import Position
 from flowlane.streams.aligned import Aligned, Stretch, shown
 from flowlane.streams.cutting import Chunk, Skip
 from flowlane.streams.dialect import CsvFormat, check_names
+from flowlane.streams.nulls import Nulls
 from flowlane.streams.preview import preview
 
 _BOM: Final = b"\xef\xbb\xbf"
@@ -59,6 +60,7 @@ class CsvRows:
         self._aligned = Aligned(form.max_row)
         self._open = bytearray()  # lines of a row that is not complete yet
         self._patience = 0  # how long that may become before it is parsed again
+        self._bounded = form.max_field >= form.max_row  # fields need no look of their own
         self._nulls = Nulls(form)
         if csv.field_size_limit() < form.max_row:
             csv.field_size_limit(form.max_row)  # the module knows one limit for all: raised, never lowered
@@ -66,7 +68,7 @@ class CsvRows:
     @property
     def skipping(self) -> bool:
         """Whether the position to start from is still ahead."""
-        return self._prologue is not None or self._skip.active
+        return self._skip.active
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -124,10 +126,10 @@ class CsvRows:
         whole = len(held) if last else held.rfind(b"\n") + 1
         data = held[mark:whole]
         end = self._read_header(data)
+        if (len(held) if end is None else mark + end) > self._form.max_row:
+            raise Permanent(f"no end of its CSV header within {self._form.max_row:,} bytes: {preview(held)}")
         if end is not None:
             return mark + end
-        if len(held) > self._form.max_row:
-            raise Permanent(f"no end of its CSV header within {self._form.max_row:,} bytes: {preview(held)}")
         if not last:
             return -1
         if data.strip():
@@ -135,10 +137,7 @@ class CsvRows:
         raise Damaged("it is empty: there is not even a CSV header")
 
     def _read_header(self, data: bytes) -> int | None:
-        try:
-            lines = list(StringIO(data.decode(self._form.codec), newline="\n"))
-        except UnicodeDecodeError as error:
-            raise Permanent(f"its CSV header is not {self._form.encoding}: {error.reason}") from None
+        lines = StringIO(data.decode(self._form.codec, "surrogateescape"), newline="\n")
         reader = csv.reader(chain(lines, _End()), **self._form.reading)
         row: list[str] = []
         try:
@@ -148,6 +147,8 @@ class CsvRows:
             return None
         except csv.Error as error:
             raise Permanent(f"its CSV header is malformed ({error}): {preview(data)}") from None
+        if any(map(_SURROGATE.search, row)):
+            raise Permanent(f"its CSV header is not {self._form.encoding}: {preview(data)}")
         if not self._columns:
             check_names(row, self._form.max_columns, Permanent)
             self._columns = tuple(row)
@@ -211,7 +212,7 @@ class CsvRows:
 
     def _records(self, reader: Any, null: str | None) -> list[Record | Bad]:
         columns = self._columns
-        if self._form.max_field < self._form.max_row:
+        if not self._bounded:
             reader = map(self._narrow, reader)
         if null is None:
             return [dict(zip(columns, row, strict=True)) for row in reader]
@@ -225,60 +226,59 @@ class CsvRows:
         ends = [0, *accumulate(map(len, BytesIO(data)))]  # of the lines
         text = data.decode(self._form.codec, "surrogateescape")
         lines = list(StringIO(text, newline="\n"))
+        columns, null, width = self._columns, self._form.null, len(self._columns)
+        sound = text.isascii() or not _SURROGATE.search(text)
         items: list[Record | Bad] = []
         places: list[int] = []
-        at, used = 0, len(ends) - 1
+        bad = used = 0
+        for first, after, row, wrong in self._found(lines, ends, last):
+            used = ends[after]
+            if not row and not wrong:
+                continue  # blank
+            if not wrong and (len(row) != width or not sound or not self._bounded):
+                wrong = self._fault(row, "".join(lines[first:after]))  # noqa: PLW2901 - what is wrong now
+            places.append(used)
+            if wrong:
+                bad += 1
+                items.append(Bad(self._row + len(items), wrong, shown(data[ends[first] : used])))
+            elif null is not None and null in row:
+                items.append(self._with_nulls(row, "".join(lines[first:after])))
+            else:
+                items.append(dict(zip(columns, row, strict=True)))
+        self._row += len(items)
+        return Chunk(data[:used], items, bad, places), used
+
+    def _found(
+        self, lines: list[str], ends: list[int], last: bool
+    ) -> Iterator[tuple[int, int, list[str], str]]:
+        """The rows in `lines`: the first line of each, the one behind it, its fields, and what is wrong."""
+        at, limit = 0, self._form.max_row
         while at < len(lines):
-            base = at
+            base, overlong = at, False
             reader = csv.reader(chain(lines[base:] if base else lines, _End()), **self._form.reading)
-            while True:
-                first = base + reader.line_num
-                row, wrong = self._next(reader)
+            while not overlong:
+                first, row, wrong = at, [], ""
+                try:
+                    row = next(reader)
+                except _More:
+                    overlong = True
+                except csv.Error as error:
+                    wrong = str(error)
                 at = base + reader.line_num
                 size = ends[at] - ends[first]
-                if wrong == "more" and first == at:
-                    break
-                if wrong == "more" and not last and size <= self._form.max_row:
-                    used = first
-                    break
-                overlong = wrong == "more" or size > self._form.max_row
-                if overlong:
-                    wrong, at = self._overlong(size, last and wrong == "more"), first + 1
-                elif not row and not wrong:
-                    continue
-                raw = data[ends[first] : ends[at]]
-                items.append(self._item(row, raw, "".join(lines[first:at]), wrong))
-                places.append(ends[at])
-                if overlong:
-                    break
-            if used < len(lines):
-                break
-        bad = sum(isinstance(item, Bad) for item in items)
-        return Chunk(data[: ends[used]], items, bad, places), ends[used]
+                if overlong and (first == at or (not last and size <= limit)):
+                    return
+                if overlong or size > limit:
+                    overlong = True
+                    at = first + 1
+                    wrong = (
+                        f"a row begins here that does not end (within {limit:,} bytes): is a quote left open?"
+                    )
+                yield first, at, row, wrong
 
-    def _next(self, reader: Any) -> tuple[list[str], str]:
-        try:
-            return next(reader), ""
-        except _More:
-            return [], "more"
-        except csv.Error as error:
-            return [], str(error)
-
-    def _overlong(self, size: int, ended: bool) -> str:
-        if ended and size <= self._form.max_row:
-            return "a quote is opened and not closed before the end"
-        return f"a row of more than {self._form.max_row:,} bytes begins here: is a quote not closed?"
-
-    def _item(self, row: Sequence[str], raw: bytes, text: str, wrong: str) -> Record | Bad:
-        number = self._row
-        self._row += 1
-        wrong = wrong or self._fault(row, text)
-        if wrong:
-            return Bad(number, wrong, shown(raw))
+    def _with_nulls(self, row: list[str], text: str) -> Record:
         null = self._form.null
-        if null is None or null not in row:
-            return dict(zip(self._columns, row, strict=True))
-        if self._nulls.quoted_in(raw):
+        if self._nulls.quoted_in(text):
             quoted = self._nulls.quoted_fields(text)
             values = [None if v == null and not q else v for v, q in zip(row, quoted, strict=True)]
         else:
@@ -290,49 +290,12 @@ class CsvRows:
             return f"{len(row)} fields, there are {len(self._columns)} columns"
         if not text.isascii() and _SURROGATE.search(text):
             return f"not {self._form.encoding}"
-        return "a field is longer than the limit" if self._too_wide(row) else ""
-
-    def _too_wide(self, row: Sequence[str]) -> bool:
-        return self._form.max_field < self._form.max_row and max(map(len, row)) > self._form.max_field
+        longest = max(map(len, row))
+        if longest > self._form.max_field:
+            return f"a field of {longest:,} characters, the limit is {self._form.max_field:,}"
+        return ""
 
     def _narrow(self, row: list[str]) -> list[str]:
-        if row and self._too_wide(row):
+        if row and max(map(len, row)) > self._form.max_field:
             raise ValueError("a field is longer than the limit")
         return row
-
-
-class Nulls:
-    """Tells a quoted null token, which is text, from a plain one, which is none: the module does not."""
-
-    def __init__(self, form: CsvFormat) -> None:
-        self._form = form
-        quote, escape, delimiter = (re.escape(c) for c in (form.quote, form.escape, form.delimiter))
-        escaped = f"|{escape}." if escape else ""
-        self._inside = re.compile(
-            f"{quote}(?:[^{quote}{escape}]++|{quote}{quote}{escaped})*+{quote}", re.DOTALL
-        )
-        self._outside = re.compile(f"(?:[^{delimiter}{escape}\r\n]++{escaped})*+", re.DOTALL)
-        token, edge = (form.null or "").encode(form.codec), form.delimiter.encode()
-        self._quoted = form.quote.encode() + token + form.quote.encode()
-        self._first = (token + edge, token + b"\r", token + b"\n")
-        self._plain = [before + end for before in (edge, b"\n") for end in self._first]
-
-    def quoted_in(self, data: bytes) -> bool:
-        """Whether a quoted null token may be in `data`."""
-        return bool(self._form.quote) and self._quoted in data
-
-    def plain_in(self, data: bytes) -> bool:
-        """Whether a plain null token may be in `data`, whole lines each of which ends with a line end."""
-        return not data.endswith(b"\n") or data.startswith(self._first) or any(p in data for p in self._plain)
-
-    def quoted_fields(self, text: str) -> list[bool]:
-        """For each field of the well-formed row `text`, whether it is quoted."""
-        found: list[bool] = []
-        at = 0
-        while True:
-            match = self._inside.match(text, at) if self._form.quote else None
-            found.append(match is not None)
-            at = (match or self._outside.match(text, at)).end()  # type: ignore[union-attr]  # one matches
-            if text[at : at + 1] != self._form.delimiter:
-                return found
-            at += 1

@@ -93,13 +93,13 @@ class CsvFormat:
         return "utf-8" if self.utf8 else self.encoding
 
 
-def check_names(names: Sequence[str], limit: int, error: type[Exception]) -> None:
+def check_names(names: Sequence[object], limit: int, error: type[Exception]) -> None:
     """Raises:
     Exception: as `error` says: a name is empty or there twice, or there are more than `limit`.
     """
     if len(names) > limit:
         raise error(f"{len(names):,} columns, the limit is {limit:,}")
-    seen: set[str] = set()
+    seen: set[object] = set()
     for number, name in enumerate(names, 1):
         if not isinstance(name, str) or not name.strip():
             raise error(f"column {number} has no name: name the columns with columns=[...]")

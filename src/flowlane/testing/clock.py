@@ -12,6 +12,7 @@ that the seed decides, so that a thousand seeds are a thousand interleavings. Gr
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import heapq
 import random
@@ -281,9 +282,13 @@ def run(main: Callable[[VirtualLoop], Coroutine[Any, Any, T]], *, seed: int = 0)
     before = events._get_running_loop()
     events._set_running_loop(None)  # a test that runs on a loop of its own may still simulate
     rest = Fate("the rest")
+    collecting = gc.isenabled()
+    gc.disable()  # so that nothing is finalised at a moment that the seed does not decide
     try:
         return loop.run_until_complete(main(loop))
     finally:
+        if collecting:
+            gc.enable()
         rest.dead = True
         rest.tasks = sorted((t for t in asyncio.all_tasks(loop) if isinstance(t, _Task)), key=hash)
         loop.close()

@@ -105,22 +105,17 @@ class Faults:
 
 
 class CrashAt(Faults):
-    """One fault, at the `number`-th port call (from 1) of all processes together; ``port`` is where it hit."""
+    """One fault, of `mode`, at the `number`-th port call (from 1) of all processes together, and more of them
+    at later calls. ``calls`` are the ports called so far, in order."""
 
-    def __init__(self, number: int, mode: str) -> None:
-        self._number = number
-        self._mode = mode
+    def __init__(self, number: int, mode: str, *more: tuple[int, str]) -> None:
+        self._points = {number: mode, **dict(more)}
         self.calls: list[str] = []
-
-    @property
-    def port(self) -> str:
-        """The port whose call went wrong; empty as long as none has."""
-        return self.calls[self._number - 1] if 0 < self._number <= len(self.calls) else ""
 
     def at(self, process: Process, port: str) -> str:
         """See ``Faults.at``."""
         self.calls.append(port)
-        return self._mode if len(self.calls) == self._number else ""
+        return self._points.get(len(self.calls), "")
 
 
 class Process:
@@ -547,6 +542,11 @@ class FaultyWriter:
     def position(self) -> Position | None:
         """See ``Writer.position``."""
         return self._writer.position
+
+    @property
+    def resume(self) -> str:
+        """See ``Writer.resume``."""
+        return self._writer.resume
 
     async def write(self, batch: Batch) -> Sequence[Bad]:
         """See ``Writer.write``."""

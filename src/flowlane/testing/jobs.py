@@ -262,13 +262,13 @@ class Tables:
         ends = Counter(status(stream[-1]) for stream in log.units("orders/").values())
         found = [] if ends == {"settled": self.drops} else [f"the drops ended {dict(ends)}"]
         told = {
-            f"{name}#{event.round}/announce"
+            name
             for prefix in ("notice/", "dead/")
             for name, stream in log.units(prefix).items()
             for event in stream
             if event.type == events.UNIT_SETTLED
         }
-        keys = {text.partition(" ")[2] for text in self.posted}
+        keys = {text.partition(" ")[2].rpartition("#")[0] for text in self.posted}
         if told - keys:
             found.append(f"nobody was told of {sorted(told - keys)}")
         return found

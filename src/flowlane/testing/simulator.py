@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import logging
 import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -201,9 +200,10 @@ class Simulation:
             process.clock.offset += self.rng.uniform(-300.0, 300.0)
         elif kind == "second trigger":
             lane, slot = self.rng.choice(app.lanes), f"extra-{self.rng.randrange(3)}"
-            process.spawn(_quietly(app.engine.trigger(lane.name, slot, by="simulator")))
+            process.spawn(_quietly(lambda: app.engine.trigger(lane.name, slot, by="simulator")))
         elif kind == "redrive":
-            process.spawn(_quietly(redrive(app.engine, self.rng.choice(app.lanes).name)))
+            name = self.rng.choice(app.lanes).name
+            process.spawn(_quietly(lambda: redrive(app.engine, name)))
 
     # ------------------------------------------------------------------ rest
 
@@ -257,10 +257,10 @@ class Simulation:
         return await self.judge()
 
 
-async def _quietly(call: Any) -> None:
+async def _quietly(call: Callable[[], Awaitable[Any]]) -> None:
     """What an operator does may fail while there is trouble."""
     with suppress(Exception):
-        await call
+        await call()
 
 
 def _flat(error: BaseException) -> str:
@@ -290,15 +290,10 @@ def simulate(seed: int, possible: Iterable[str] | None = None) -> Outcome:
         if outcome.violations:
             outcome.report = _report(outcome.violations, logs)
 
-    collecting = gc.isenabled()
-    gc.disable()  # so that nothing is finalised at a moment that the seed does not decide
     try:
         run(main, seed=seed)
     except Deadlock as error:
         outcome.violations.append(f"deadlock: {error}")
-    finally:
-        if collecting:
-            gc.enable()
     return outcome
 
 
@@ -314,44 +309,80 @@ def again(seed: int) -> str:
     return f"python -m flowlane.testing.simulator --seeds {seed} --verbose"
 
 
+class Tally(msgspec.Struct):
+    """What many seeds came to; what ``--json`` prints."""
+
+    seeds: int = 0
+    bad: dict[int, list[str]] = msgspec.field(default_factory=dict)  #: violations by seed
+    deliveries: int = 0
+    hours: float = 0.0  #: virtual ones
+    seconds: float = 0.0  #: real ones
+    fired: Counter[str] = msgspec.field(default_factory=Counter)
+    reached: Counter[str] = msgspec.field(default_factory=Counter)
+
+    def add(self, outcome: Outcome) -> None:
+        """Count one seed in."""
+        self.seeds += 1
+        if outcome.violations:
+            self.bad[outcome.seed] = outcome.violations
+        self.deliveries += outcome.deliveries
+        self.hours += outcome.seconds / 3600
+        self.fired += outcome.fired
+        self.reached += outcome.reached
+
+    @property
+    def never(self) -> list[str]:
+        """The kinds of faults that never fired."""
+        return [kind for kind in KINDS if not self.fired[kind]]
+
+    def __str__(self) -> str:
+        fired = ", ".join(f"{kind} {self.fired[kind]:,}" for kind in KINDS)
+        pace = max(self.seconds, 1e-9)
+        return (
+            f"{self.seeds} seeds, {len(self.bad)} with violations; {self.deliveries:,} deliveries, "
+            f"{self.hours:,.1f} virtual hours in {self.seconds:.1f} s "
+            f"({self.seeds / pace:.1f} seeds/s, {self.deliveries / pace:,.0f} deliveries/s)\nfired: {fired}"
+        )
+
+
+def campaign(
+    seeds: Iterable[int], *, seconds: float = float("inf"), tell: Callable[[Outcome], None] = lambda _: None
+) -> Tally:
+    """What `seeds` come to, as many as `seconds` allow; each one with violations is told."""
+    logging.getLogger("flowlane").setLevel(logging.ERROR)  # that a backend is away is no news here
+    tally, began = Tally(), time.monotonic()
+    for seed in seeds:
+        outcome = simulate(seed)
+        tally.add(outcome)
+        if outcome.violations:
+            tell(outcome)
+        tally.seconds = time.monotonic() - began
+        if tally.seconds > seconds:
+            break
+    return tally
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the seeds asked for; 1 if any shows a violation."""
     parser = argparse.ArgumentParser(prog="python -m flowlane.testing.simulator", description=__doc__)
     parser.add_argument("--seeds", default="0:100", help="one seed, or first:last (last excluded)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
     parser.add_argument("--verbose", action="store_true", help="the streams that violations name")
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of text")
     given = parser.parse_args(arguments)
     first, _, last = given.seeds.partition(":")
-    seeds = range(int(first), int(last) if last else int(first) + 1)
-    logging.getLogger("flowlane").setLevel(logging.ERROR)  # that a backend is away is no news here
-    began, done, bad = time.monotonic(), 0, 0
-    fired: Counter[str] = Counter()
-    deliveries, virtual = 0, 0.0
-    for seed in seeds:
-        outcome = simulate(seed)
-        done += 1
-        fired += outcome.fired
-        deliveries += outcome.deliveries
-        virtual += outcome.seconds
-        if outcome.violations:
-            bad += 1
-            _print(f"seed {seed}: {len(outcome.violations)} violations; again: {again(seed)}")
-            for text in outcome.violations[:10]:
-                _print(f"  {text}")
+
+    def tell(outcome: Outcome) -> None:
+        if not given.json:
+            _print(f"seed {outcome.seed}: {len(outcome.violations)} violations; again: {again(outcome.seed)}")
+            _print("\n".join(f"  {text}" for text in outcome.violations[:10]))
             if given.verbose:
                 _print(outcome.report)
-        if time.monotonic() - began > given.seconds:
-            break
-    seconds = time.monotonic() - began
-    _print(
-        f"{done} seeds, {bad} with violations; {deliveries:,} deliveries, {virtual / 3600:,.1f} virtual hours "
-        f"in {seconds:.1f} s ({done / seconds:.1f} seeds/s, {deliveries / seconds:,.0f} deliveries/s)"
-    )
-    never = [kind for kind in KINDS if not fired[kind]]
-    _print("fired: " + ", ".join(f"{kind} {n:,}" for kind, n in sorted(fired.items())))
-    if never:
-        _print(f"never fired: {', '.join(never)}")
-    return 1 if bad else 0
+
+    seeds = range(int(first), int(last) if last else int(first) + 1)
+    tally = campaign(seeds, seconds=given.seconds, tell=tell)
+    _print(msgspec.json.encode(tally).decode() if given.json else str(tally))
+    return 1 if tally.bad else 0
 
 
 def _print(text: str) -> None:
@@ -359,7 +390,7 @@ def _print(text: str) -> None:
     sys.stdout.flush()
 
 
-__all__ = ["KINDS", "Chaos", "Outcome", "Simulation", "again", "main", "simulate"]
+__all__ = ["KINDS", "Chaos", "Outcome", "Simulation", "Tally", "again", "campaign", "main", "simulate"]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -126,9 +126,16 @@ class TableWriter:
 
     @property
     def position(self) -> Position | None:
+        """See ``Writer.position``."""
         return self._stand.position
 
+    @property
+    def resume(self) -> str:
+        """See ``Writer.resume``."""
+        return ""
+
     async def write(self, batch: Batch) -> Sequence[Bad]:
+        """See ``Writer.write``."""
         stand = self._stand
         if self._unit.token < stand.token:
             raise Fenced(f"{self._unit.stream}: token {self._unit.token} is older than {stand.token}")

@@ -91,7 +91,14 @@ class Writer:
             Retryable: the file could not be written, or the backend is closed.
             ConfigError: the file is damaged.
         """
-        return await self.post(request)
+        future = self.post(request)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            # The answer may have come already, in the moment before the task would have been resumed with it.
+            if future.done() and not future.cancelled() and future.exception() is None:
+                request.abandoned(future.result())
+            raise
 
     def post(self, request: Request | Work) -> asyncio.Future[Any]:
         """As ``submit``; requests other than commits are run in the order in which they were posted."""

@@ -1,0 +1,129 @@
+"""How long the event loop is kept from its other work while archives are landed and decoded at full speed.
+
+A task asks to be woken every millisecond and notes how much later it is. Only while an archive is on its way:
+an idle loop would make every figure look good. The bare loop, which decodes on the loop itself, shows what
+not caring costs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+from benchmarks.archive import PIECE, make_piece
+from benchmarks.harness import Bar, Candidate, Case, python
+from benchmarks.landing import bare
+from benchmarks.server import serving
+
+SIZE = 1 << 30
+TICK = 0.001
+HOURS = 8
+
+
+@contextmanager
+def opened(size: int | None, scratch: Path) -> Iterator[Sequence[Candidate]]:
+    """One archive of that size, or eight of an eighth of it at once."""
+    size = size or SIZE
+    piece = scratch / "piece.gz"
+    unit = make_piece(piece, min(PIECE, size // HOURS))
+    count = max(1, round(size / unit / HOURS))
+    with serving(piece, count * HOURS) as large, serving(piece, count) as small:
+        yield [
+            Candidate("one archive", python("lag", "one", large, scratch)),
+            Candidate("eight at once", python("lag", "eight", small, scratch)),
+            Candidate("bare loop", python("lag", "bare", large, scratch)),
+        ]
+
+
+CASE = Case(
+    "lag",
+    "event-loop lag while landing and decoding 1 GiB, 1 ms sampler, busy time only",
+    opened,
+    {"p99": "p99 ms", "median": "median ms", "max": "maximum ms", "samples": "samples", "busy": "busy s"},
+    [
+        Bar("one archive", "p99", "at most", 20),
+        Bar("eight at once", "p99", "at most", 20),
+    ],
+)
+
+
+class Sampler:
+    """The lags, in milliseconds, of the ticks that began while `busy`."""
+
+    def __init__(self) -> None:
+        self.lags: list[float] = []
+        self.busy = False
+        self.seconds = 0.0
+
+    async def run(self) -> None:
+        """Sample until cancelled."""
+        while True:
+            busy, began = self.busy, time.perf_counter()
+            await asyncio.sleep(TICK)
+            passed = time.perf_counter() - began
+            if busy:
+                self.lags.append((passed - TICK) * 1000)
+                self.seconds += passed
+
+
+async def flowlane(base: str, folder: Path, hours: int, sampler: Sampler) -> None:
+    """Land `hours` archives, verified by content; busy is from a unit's registration to the last one's end."""
+    from flowlane.compose import open_application
+    from flowlane.recipes import http_archive
+    from flowlane.settings import Settings
+    from flowlane.worker import run_once
+
+    lane = http_archive(
+        "land",
+        url=base + "/{t:%Y-%m-%d}-{t.hour}.json.gz",
+        start="2024-01-01T00",
+        until=f"2024-01-01T{hours:02}",
+        to=folder.as_uri(),
+    )
+    settings = Settings(backend=f"sqlite:///{folder / 'log.db'}", allow_private_hosts=True)
+    async with open_application([lane], settings) as app:
+        sampler.busy = True
+        report = await run_once(app, lane)
+        sampler.busy = False
+    assert report.outcome == "settled" and report.units["settled"] == hours, report
+
+
+async def measured(kind: str, base: str, folder: Path) -> dict[str, float]:
+    """One candidate, sampled."""
+    sampler = Sampler()
+    sampling = asyncio.create_task(sampler.run())
+    if kind == "bare":
+        sampler.busy = True
+        await bare(base, folder)
+        sampler.busy = False
+    else:
+        await flowlane(base, folder, HOURS if kind == "eight" else 1, sampler)
+    sampling.cancel()
+    for path in folder.glob("*.gz"):
+        os.unlink(path)
+    lags = sorted(sampler.lags)
+    return {
+        "p99": lags[int(len(lags) * 0.99)],
+        "median": median(lags),
+        "max": lags[-1],
+        "samples": len(lags),
+        "busy": sampler.seconds,
+    }
+
+
+def main(kind: str, base: str, scratch: Path) -> dict[str, float]:
+    """One candidate, in this process."""
+    folder = scratch / f"{kind}-{time.monotonic_ns()}"
+    folder.mkdir()
+    return asyncio.run(measured(kind, base, folder))
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))))

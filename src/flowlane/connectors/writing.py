@@ -1,0 +1,269 @@
+"""Records into any store: one object for each split, one gzip member or zstd frame for each batch.
+
+An object appears whole or not at all, under a name that is the same on every attempt. An unfinished one is
+resumed at the end of a batch, and what is needed for that is one string, ``ObjectWriter.resume``, to be logged
+with the position of the batch.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from hashlib import blake2b
+from typing import Final, Literal
+
+import msgspec
+
+from flowlane.clock import Clock
+from flowlane.connectors.hop import hop
+from flowlane.errors import Fenced, Incomplete, Permanent, redact
+from flowlane.ports import Bad, Batch, Record, Split, Store, UnitRef, Upload
+from flowlane.state import Position
+from flowlane.streams.dialect import CsvFormat
+from flowlane.streams.encode import CsvLines, Encoder, JsonLines, encoded, packer
+from flowlane.streams.inflate import decoder
+from flowlane.streams.kinds import Kind, stem_of
+
+_BLOCK: Final = 1 << 20
+_MAX_HEADER: Final = 16 << 10  # bytes of column names that a resume string may carry
+_UNSAFE: Final = re.compile(r"[^A-Za-z0-9._=-]+")
+_END: Final = object()
+
+
+class Resume(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Where an unfinished object stands: what ``ObjectWriter.resume`` holds, as JSON."""
+
+    upload: str
+    size: int = 0  #: bytes that are safely in it
+    end: Position = Position()  #: in the source, of the last batch that is in them
+    raw: int = 0  #: what they decode to: bytes,
+    crc: int = 0  #: and the CRC-32 of those
+    columns: list[str] | None = None
+
+
+_resume: Final = msgspec.json.Decoder(Resume)
+
+
+class StoreSink:
+    """See ``ports.Sink``: objects below the folder `base`."""
+
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        base: str,
+        kind: Kind,
+        form: CsvFormat,
+        schema: Literal["evolve", "freeze", "quarantine"],
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._base = base
+        self._kind = kind
+        self._form = form
+        self._schema = schema
+
+    def url(self, split: Split, unit: UnitRef) -> str:
+        """The object that `unit` writes of `split`: readable, and no other unit's or split's."""
+        stem = _UNSAFE.sub("-", stem_of(split.url))[:80].strip(".-") or "rows"
+        digest = blake2b(f"{unit.stream}\0{split.id}".encode(), digest_size=8).hexdigest()
+        return f"{self._base}{stem}-{digest}.{self._kind}"
+
+    @asynccontextmanager
+    async def open(self, split: Split, unit: UnitRef, resume: str = "") -> AsyncIterator[ObjectWriter]:
+        """See ``Sink.open``. `resume` is what the writer of an earlier attempt said after a batch."""
+        async with AsyncExitStack() as stack:
+            writer = ObjectWriter(
+                self._store, self._clock, self.url(split, unit), self._kind, self._form, self._schema
+            )
+            await writer.begin(stack, f"{unit.stream}#{unit.token}", resume)
+            yield writer
+
+
+class ObjectWriter:
+    """See ``ports.Writer``. Nothing is written, and no object appears, for a split without records."""
+
+    def __init__(
+        self, store: Store, clock: Clock, url: str, kind: Kind, form: CsvFormat, schema: str
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._url = url
+        self._kind = kind
+        self._form = form
+        self._schema = schema
+        self._stack: AsyncExitStack | None = None
+        self._owner = ""
+        self._upload: Upload | None = None
+        self._state = Resume("")
+        self._end: Position | None = None
+        self._writing = False
+        self._done = False
+
+    @property
+    def position(self) -> Position | None:
+        """Where the object stands: at the beginning if what `resume` named is gone, so that the whole split is
+        to be written again; ``None`` while there is no object, and only the log knows."""
+        return self._end
+
+    @property
+    def resume(self) -> str:
+        """What the next attempt has to give to ``open`` if this one ends here."""
+        return msgspec.json.encode(self._state).decode() if self._state.upload else ""
+
+    async def begin(self, stack: AsyncExitStack, owner: str, resume: str) -> None:
+        """Take over what `resume` names, if it is still there."""
+        self._stack, self._owner = stack, owner
+        if not resume:
+            return
+        try:
+            state = _resume.decode(resume)
+        except msgspec.MsgspecError:
+            raise Permanent(f"{redact(self._url)}: cannot be resumed by {resume[:200]!r}") from None
+        upload = await self._open(state.upload, state.size)
+        if upload.position == state.size:
+            self._state, self._end = msgspec.structs.replace(state, upload=upload.id), state.end
+        else:
+            self._state, self._end = Resume(upload.id), Position()
+
+    async def write(self, batch: Batch) -> Sequence[Bad]:
+        """See ``Writer.write``. Records that cannot be written as ``format`` has it are returned.
+
+        Raises:
+            Incomplete: what the batch follows is gone (see ``position``), or a write failed midway.
+            Permanent: the schema is frozen, and a record has another column.
+        """
+        if self._end is not None:
+            if batch.end.row <= self._end.row and batch.end.offset <= self._end.offset:
+                return []
+            if batch.start != self._end:
+                raise Incomplete(
+                    f"{redact(self._url)}: unfinished object gone: write the split from its beginning"
+                )
+        if self._writing:
+            raise Incomplete(f"{redact(self._url)}: a write failed midway: resume in another attempt")
+        self._writing = True
+        refused: list[tuple[int, str]] = []
+        if batch.records:
+            await self._write(batch.records, refused)
+        if self._upload is not None:
+            self._state = msgspec.structs.replace(self._state, end=batch.end)
+            self._end = batch.end
+        self._writing = False
+        return [
+            Bad(batch.start.row + number, reason, repr(batch.records[number])[:1000])
+            for number, reason in refused
+        ]
+
+    async def finish(self) -> None:
+        """See ``Writer.finish``.
+
+        Raises:
+            Fenced: an object with another content stands there.
+        """
+        if self._done or self._upload is None or not self._state.size:
+            return
+        try:
+            await self._upload.commit()
+        except Fenced:
+            if not await self._stands():
+                raise
+        self._done = True
+
+    # ------------------------------------------------------------------ inside
+
+    async def _open(self, resume: str = "", size: int = 0) -> Upload:
+        assert self._stack is not None
+        self._upload = await self._stack.enter_async_context(
+            self._store.upload(self._url, owner=self._owner, resume=resume, position=size)
+        )
+        return self._upload
+
+    async def _write(self, records: Sequence[Record], refused: list[tuple[int, str]]) -> None:
+        first = not self._state.size
+        columns = self._columns(records) if first else self._state.columns
+        upload = self._upload or await self._open()
+        packing = _Packing(self._kind, self._encoder(columns), self._state)
+        found = packing.pieces(records, refused, self._header(columns) if first else b"")
+        while isinstance(piece := await hop(self._clock, next, found, _END), bytes):
+            await upload.write(piece)
+        if self._schema == "freeze" and refused:
+            raise Permanent(f"{redact(self._url)}: {refused[0][1]}")
+        if packing.size:
+            size = await upload.flush()
+            if size != self._state.size + packing.size:
+                raise Incomplete(f"{redact(self._url)}: {size:,} bytes are safe, less than was written")
+            self._state = Resume(upload.id, size, Position(), packing.raw, packing.crc, columns)
+
+    def _columns(self, records: Sequence[Record]) -> list[str] | None:
+        if self._kind.rows == "jsonl" and self._schema == "evolve":
+            return None
+        columns = list(dict.fromkeys(name for record in records for name in record))
+        if self._form.columns and self._kind.rows == "csv":
+            columns = list(self._form.columns)
+        if sum(map(len, columns)) > _MAX_HEADER:
+            raise Permanent(f"{redact(self._url)}: too many columns to be held to: write format=jsonl")
+        return columns
+
+    def _encoder(self, columns: list[str] | None) -> Encoder:
+        return CsvLines(self._form, columns or []) if self._kind.rows == "csv" else JsonLines(columns)
+
+    def _header(self, columns: list[str] | None) -> bytes:
+        if self._kind.rows != "csv" or not self._form.header:
+            return b""
+        return CsvLines(self._form, columns or []).header()
+
+    async def _stands(self) -> bool:
+        """Whether the object there holds the same rows: an earlier attempt got through, and packed them in
+        another way (another release of zlib or zstd, say)."""
+        size = crc = 0
+        unpacking = decoder(f".{self._kind.packing}")
+
+        def follow(block: bytes) -> tuple[int, int]:
+            total, running = size, crc
+            for piece in unpacking.feed(block):
+                total, running = total + len(piece), zlib.crc32(piece, running)
+            return total, running
+
+        async with self._store.read(self._url) as body:
+            async for block in body:
+                size, crc = await hop(self._clock, follow, block)
+        return (size, crc) == (self._state.raw, self._state.crc)
+
+
+class _Packing:
+    """One batch on its way into the object, and what the object decodes to with it."""
+
+    def __init__(self, kind: Kind, encoder: Encoder, before: Resume) -> None:
+        self._kind = kind
+        self._encoder = encoder
+        self.raw, self.crc = before.raw, before.crc
+        self.size = 0  #: packed bytes
+
+    def pieces(
+        self, records: Sequence[Record], refused: list[tuple[int, str]], header: bytes
+    ) -> Iterator[bytes]:
+        """The packed batch, in pieces of about 1 MiB; nothing if no record is left of it."""
+        packing = packer(self._kind.packing)
+        held: list[bytes] = []
+        lines = 0
+        for data in encoded(self._encoder, records, refused):
+            if not data:
+                continue
+            for part in (header, data) if not lines else (data,):
+                self.raw, self.crc = self.raw + len(part), zlib.crc32(part, self.crc)
+                held.append(packing.feed(part))
+            lines += 1
+            if sum(map(len, held)) >= _BLOCK:
+                yield self._counted(held)
+        if lines:
+            held.append(packing.close())
+            yield self._counted(held)
+
+    def _counted(self, held: list[bytes]) -> bytes:
+        piece = b"".join(held)
+        held.clear()
+        self.size += len(piece)
+        return piece

@@ -1,0 +1,46 @@
+"""The null token of a CSV file: text in quotes, nothing without (PostgreSQL, COPY, option NULL)."""
+
+from __future__ import annotations
+
+import re
+
+from flowlane.streams.dialect import CsvFormat
+
+
+class Nulls:
+    """Tells a quoted null token, which is text, from a plain one, which is none: the module does not."""
+
+    def __init__(self, form: CsvFormat) -> None:
+        self._form = form
+        quote, escape, delimiter = (re.escape(c) for c in (form.quote, form.escape, form.delimiter))
+        escaped = f"|{escape}." if escape else ""
+        inside = f"{quote}(?:[^{quote}{escape}]++|{quote}{quote}{escaped})*+{quote}"
+        self._inside = re.compile(inside if quote else r"(?!)", re.DOTALL)
+        self._outside = re.compile(f"(?:[^{delimiter}{escape}\r\n]++{escaped})*+", re.DOTALL)
+        token, edge = (form.null or "").encode(form.codec), form.delimiter.encode()
+        self._quoted = form.quote + (form.null or "") + form.quote
+        self._quoted_bytes = self._quoted.encode(form.codec)
+        self._first = (token + edge, token + b"\r", token + b"\n")
+        self._plain = [before + end for before in (edge, b"\n") for end in self._first]
+
+    def quoted_in(self, data: bytes | str) -> bool:
+        """Whether a quoted null token may be in `data`."""
+        if not self._form.quote:
+            return False
+        return self._quoted in data if isinstance(data, str) else self._quoted_bytes in data
+
+    def plain_in(self, data: bytes) -> bool:
+        """Whether a plain null token may be in `data`, whole lines each of which ends with a line end."""
+        return not data.endswith(b"\n") or data.startswith(self._first) or any(p in data for p in self._plain)
+
+    def quoted_fields(self, text: str) -> list[bool]:
+        """For each field of the well-formed row `text`, whether it is quoted."""
+        found: list[bool] = []
+        at = 0
+        while True:
+            match = self._inside.match(text, at)
+            found.append(match is not None)
+            at = (match or self._outside.match(text, at)).end()  # type: ignore[union-attr]  # one matches
+            if text[at : at + 1] != self._form.delimiter:
+                return found
+            at += 1
