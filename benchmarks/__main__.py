@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import decode, engine, imports, lag, landing
-from benchmarks.harness import Case, Result, WrongOutput, run
+from benchmarks.harness import Result, WrongOutput, run
 
 CASES = (engine.CASE, landing.CASE, lag.CASE, imports.CASE, decode.CASE)
 QUICK = {"engine": 20_000, "landing": 512 << 20, "lag": 256 << 20, "decode": 64 << 20}

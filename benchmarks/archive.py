@@ -12,22 +12,24 @@ import zlib
 from pathlib import Path
 
 PIECE = 16 << 20  #: bytes of a compressed piece, about
-_WORDS = (
-    "fix add merge update remove test docs bump refactor release build cache parser client server".split()
-)
+_WORDS = ["fix", "add", "merge", "update", "remove", "test", "docs", "bump", "cache", "parser", "client"]
 
 
-def make_piece(path: Path, size: int = PIECE) -> int:
-    """Write a gzip member of about `size` bytes to `path`; returns its exact size."""
+_BLOCK = 1 << 20
+
+
+def make_piece(path: Path, size: int = PIECE) -> tuple[int, int]:
+    """Write a gzip member of about `size` bytes to `path`; returns its exact size and its lines."""
     chance = random.Random(20240101)
     packer = zlib.compressobj(6, zlib.DEFLATED, 31)
-    written = 0
+    written = count = 0
     with path.open("wb") as file:
         while written < size:
             lines = b"".join(_line(chance) for _ in range(200))
+            count += 200
             written += file.write(packer.compress(lines))
         written += file.write(packer.flush())
-    return written
+    return written, count
 
 
 def _line(chance: random.Random) -> bytes:
@@ -40,7 +42,7 @@ def _line(chance: random.Random) -> bytes:
         {
             "sha": f"{chance.getrandbits(160):040x}",
             "author": {"email": f"{login}@users.noreply.github.com", "name": login},
-            "message": " ".join(chance.choices(_WORDS, k=chance.randrange(3, 12))),
+            "message": f"{' '.join(chance.choices(_WORDS, k=8))} (#{chance.randrange(10**4)})",
             "distinct": True,
             "url": f"{base}/commits/",
         }
@@ -58,7 +60,12 @@ def _line(chance: random.Random) -> bytes:
             "avatar_url": f"https://avatars.githubusercontent.com/u/{actor}?",
         },
         "repo": {"id": chance.randrange(10**8), "name": name, "url": base},
-        "payload": {"push_id": chance.randrange(10**9), "ref": "refs/heads/master", "commits": commits},
+        "payload": {
+            "push_id": chance.randrange(10**9),
+            "ref": "refs/heads/master",
+            "head": f"{chance.getrandbits(160):040x}",
+            "commits": commits,
+        },
         "public": True,
         "created_at": f"2024-01-01T00:{chance.randrange(60):02}:{chance.randrange(60):02}Z",
     }
@@ -67,8 +74,12 @@ def _line(chance: random.Random) -> bytes:
 
 def is_whole(path: Path, piece: Path, size: int) -> bool:
     """Whether the file at `path` has `size` bytes, every one as served."""
-    unit = piece.read_bytes()
     if path.stat().st_size != size:
         return False
-    with path.open("rb") as file:
-        return all(file.read(len(unit)) == unit for _ in range(size // len(unit)))
+    with path.open("rb") as landed, piece.open("rb") as served:
+        for _ in range(size // piece.stat().st_size):
+            served.seek(0)
+            while block := served.read(_BLOCK):
+                if landed.read(len(block)) != block:
+                    return False
+    return True

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Bar, Candidate, Case, python
+from benchmarks.harness import Bar, Candidate, Case, peak_mb, python
 
 COUNT = 100_000
 CONCURRENCY = 64
@@ -96,21 +96,18 @@ async def flowlane(uri: str, count: int, children: int) -> dict[str, float]:
         for n in range(count):
             yield Item(n=n)
 
-    if children:
+    async def work(event: Event, ctx: Context) -> None:
+        if not items.is_set():
+            await items.wait()
+        await asyncio.sleep(0)
 
-        @lane.stage(on=Item)
-        async def work(event: Event, ctx: Context) -> AsyncIterator[Unit]:
-            if not items.is_set():
-                await items.wait()
-            await asyncio.sleep(0)
-            yield Child(n=event.data.n)
-    else:
+    async def bear(event: Event, ctx: Context) -> AsyncIterator[Unit]:
+        if not items.is_set():
+            await items.wait()
+        await asyncio.sleep(0)
+        yield Child(n=event.data.n)
 
-        @lane.stage(on=Item)
-        async def work(event: Event, ctx: Context) -> None:
-            if not items.is_set():
-                await items.wait()
-            await asyncio.sleep(0)
+    lane.stage(on=Item, name="work")(bear if children else work)
 
     @lane.stage(on=Child)
     async def rest(event: Event, ctx: Context) -> None:
@@ -137,12 +134,14 @@ async def flowlane(uri: str, count: int, children: int) -> dict[str, float]:
         grandchildren.set()
         report = await running
         _, rest_cpu = meter.lap()
+        peak = peak_mb()
         await check(app, run, report.brief(), count, children)
     return {
         "rate": count / wall,
         "us": cpu / count * 1e6,
         "register_us": register / count * 1e6,
         "rest_us": rest_cpu / count * 1e6,
+        "peak": peak,
     }
 
 
@@ -160,7 +159,7 @@ async def check(app: Any, run: str, report: dict[str, Any], count: int, children
             settled.add(event.subject)
     assert len(settled) == total, f"{len(settled):,} units settled of {total:,}"
     assert types["unit.settled"] == total + 1, types
-    assert types["item"] == count and types["child"] == count * children, types
+    assert (types["item"], types["child"]) == (count, count * children), types
     assert types["run.completed"] == 1, types
     assert not [name for name in types if name.startswith("attempt")], types
     assert (report["units"]["found"], report["units"]["settled"]) == (total, total), report["units"]
@@ -196,10 +195,11 @@ async def taskiq(count: int, *, ready: bool) -> dict[str, float]:
     meter = Meter()
     await asyncio.gather(*(call() for _ in range(CONCURRENCY)))
     wall, cpu = meter.lap()
+    peak = peak_mb()
     assert len(results) == count, len(results)
     assert not any(result.is_err for result in results)
     await broker.shutdown()
-    return {"rate": count / wall, "us": cpu / count * 1e6}
+    return {"rate": count / wall, "us": cpu / count * 1e6, "peak": peak}
 
 
 def main(kind: str, count: int, children: int, scratch: Path) -> dict[str, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -103,6 +104,17 @@ def python(module: str, *arguments: object) -> list[str]:
     return [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)]
 
 
+def peak_mb(*, children: bool = False) -> float:
+    """The most memory this process has had resident since it was started, in MB; or its largest child."""
+    if children:
+        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    try:
+        status = Path("/proc/self/status").read_text()
+    except FileNotFoundError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
 def run(case: Case, *, size: int | None, rounds: int | None, scratch: Path) -> Result:
     """Run every candidate of `case` once a round, in turn, beginning with another one each time.
 
@@ -139,4 +151,5 @@ def measure(candidate: Candidate) -> Figures:
     lines = output.splitlines()
     told: Figures = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
     cpu = usage.ru_utime + usage.ru_stime
+    # A process begins with its parent's peak: the candidate's own account of it is the better one.
     return {"wall": wall, "cpu": cpu, "peak": usage.ru_maxrss / 1024, **told}

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.harness import Bar, Candidate, Case, python
+from benchmarks.harness import Bar, Candidate, Case, peak_mb, python
 
 FORBIDDEN = ("aioboto3", "aiobotocore", "aiohttp", "boto3", "botocore", "click", "duckdb", "isal", "rich")
 
@@ -48,7 +48,7 @@ def main(names: Sequence[str]) -> dict[str, float]:
     seconds = time.process_time() - began
     brought = sorted(name for name in FORBIDDEN if name in sys.modules and name not in names)
     assert not brought or not names[0].startswith("flowlane"), f"{names[0]} imports {', '.join(brought)}"
-    return {"ms": seconds * 1000, "modules": len(sys.modules) - before}
+    return {"ms": seconds * 1000, "modules": len(sys.modules) - before, "peak": peak_mb()}
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from benchmarks.archive import PIECE, make_piece
 from benchmarks.harness import Bar, Candidate, Case, python
@@ -32,7 +33,7 @@ def opened(size: int | None, scratch: Path) -> Iterator[Sequence[Candidate]]:
     """One archive of that size, or eight of an eighth of it at once."""
     size = size or SIZE
     piece = scratch / "piece.gz"
-    unit = make_piece(piece, min(PIECE, size // HOURS))
+    unit, _ = make_piece(piece, min(PIECE, size // HOURS))
     count = max(1, round(size / unit / HOURS))
     with serving(piece, count * HOURS) as large, serving(piece, count) as small:
         yield [
@@ -59,7 +60,7 @@ class Sampler:
 
     def __init__(self) -> None:
         self.lags: list[float] = []
-        self.busy = False
+        self.busy = 0
         self.seconds = 0.0
 
     async def run(self) -> None:
@@ -74,7 +75,7 @@ class Sampler:
 
 
 async def flowlane(base: str, folder: Path, hours: int, sampler: Sampler) -> None:
-    """Land `hours` archives, verified by content; busy is from a unit's registration to the last one's end."""
+    """Land `hours` archives, verified by content; busy is while any of them is being landed."""
     from flowlane.compose import open_application
     from flowlane.recipes import http_archive
     from flowlane.settings import Settings
@@ -87,12 +88,18 @@ async def flowlane(base: str, folder: Path, hours: int, sampler: Sampler) -> Non
         until=f"2024-01-01T{hours:02}",
         to=folder.as_uri(),
     )
+    landing = lane.stages[1]
+
+    async def land(event: Any, ctx: Any) -> None:
+        sampler.busy += 1
+        await landing.handler(event, ctx)
+        sampler.busy -= 1
+
+    lane.stages[1] = replace(landing, handler=land)
     settings = Settings(backend=f"sqlite:///{folder / 'log.db'}", allow_private_hosts=True)
     async with open_application([lane], settings) as app:
-        sampler.busy = True
         report = await run_once(app, lane)
-        sampler.busy = False
-    assert report.outcome == "settled" and report.units["settled"] == hours, report
+    assert (report.outcome, report.units["settled"]) == ("settled", hours), report
 
 
 async def measured(kind: str, base: str, folder: Path) -> dict[str, float]:
@@ -100,14 +107,14 @@ async def measured(kind: str, base: str, folder: Path) -> dict[str, float]:
     sampler = Sampler()
     sampling = asyncio.create_task(sampler.run())
     if kind == "bare":
-        sampler.busy = True
+        sampler.busy = 1
         await bare(base, folder)
-        sampler.busy = False
+        sampler.busy = 0
     else:
         await flowlane(base, folder, HOURS if kind == "eight" else 1, sampler)
     sampling.cancel()
     for path in folder.glob("*.gz"):
-        os.unlink(path)
+        path.unlink()
     lags = sorted(sampler.lags)
     return {
         "p99": lags[int(len(lags) * 0.99)],

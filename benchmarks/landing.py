@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.archive import PIECE, is_whole, make_piece
-from benchmarks.harness import Bar, Candidate, Case, python
+from benchmarks.harness import Bar, Candidate, Case, peak_mb, python
 from benchmarks.server import serving
 
 SIZE = 4 << 30
@@ -31,7 +31,7 @@ def opened(size: int | None, scratch: Path) -> Iterator[Sequence[Candidate]]:
     """A server, and everybody who fetches from it."""
     size = size or SIZE
     piece = scratch / "piece.gz"
-    unit = make_piece(piece, min(PIECE, size))
+    unit, _ = make_piece(piece, min(PIECE, size))
     count = max(1, round(size / unit))
     with serving(piece, count) as base:
         yield [
@@ -79,7 +79,7 @@ async def flowlane(base: str, folder: Path, verify: str) -> Path:
     settings = Settings(backend=f"sqlite:///{folder / 'log.db'}", allow_private_hosts=True)
     async with open_application([lane], settings) as app:
         report = await run_once(app, lane)
-    assert report.outcome == "settled" and report.units["settled"] == 1, report
+    assert (report.outcome, report.units["settled"]) == ("settled", 1), report
     return folder / "2024-01-01-0.json.gz"
 
 
@@ -91,18 +91,20 @@ async def bare(base: str, folder: Path) -> Path:
     path = folder / "bare.gz"
     inflater = isal_zlib.decompressobj(31)
     decoded = 0
-    async with aiohttp.ClientSession(read_bufsize=1 << 20, auto_decompress=False) as session:
-        async with session.get(base + "/bare") as response:
-            with path.open("wb", buffering=0) as file:
-                async for block in response.content.iter_any():
-                    file.write(block)
-                    data = block
-                    while data:
-                        decoded += len(inflater.decompress(data, SLICE))
-                        data = inflater.unconsumed_tail
-                        if inflater.eof:
-                            data = inflater.unused_data
-                            inflater = isal_zlib.decompressobj(31)
+    async with (
+        aiohttp.ClientSession(read_bufsize=1 << 20, auto_decompress=False) as session,
+        session.get(base + "/bare") as response,
+    ):
+        with path.open("wb", buffering=0) as file:
+            async for block in response.content.iter_any():
+                file.write(block)
+                data = block
+                while data:
+                    decoded += len(inflater.decompress(data, SLICE))
+                    data = inflater.unconsumed_tail
+                    if inflater.eof:
+                        data = inflater.unused_data
+                        inflater = isal_zlib.decompressobj(31)
     assert decoded > path.stat().st_size
     return path
 
@@ -130,10 +132,11 @@ def main(kind: str, base: str, piece: Path, count: int, scratch: Path) -> dict[s
     else:
         path = asyncio.run(flowlane(base, folder, kind))
     seconds, cpu = time.perf_counter() - began, cpu_seconds() - cpu
+    peak = peak_mb(children=kind.startswith("curl"))
     size = piece.stat().st_size * count
     assert is_whole(path, piece, size), f"{path} is not what was served"
     path.unlink()
-    return {"speed": size / seconds / 1e6, "work_cpu": cpu, "wall": seconds}
+    return {"speed": size / seconds / 1e6, "work_cpu": cpu, "wall": seconds, "peak": peak}
 
 
 def cpu_seconds() -> float:

@@ -1,7 +1,7 @@
 """Serves one piece of a file any number of times over as one body: a process of its own, by sendfile.
 
-``python -m benchmarks.server PIECE COUNT`` prints its port, and serves until it is killed: HEAD and GET of any
-path, with a length and a strong ETag. A thread for each connection; sendfile leaves them the other core.
+``python -m benchmarks.server PIECE COUNT`` prints its port, and serves until it is killed: HEAD and GET of
+any path, with a length and a strong ETag. A thread for each connection; sendfile needs little of a core.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from flowlane.errors import (
 from flowlane.events import Event
 from flowlane.lane import Fact, Lane, Policy, Unit
 from flowlane.ports import Context
+from flowlane.streams.dialect import CsvFormat
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "BadRecord",
     "ConfigError",
     "Context",
+    "CsvFormat",
     "Event",
     "Fact",
     "FlowlaneError",

@@ -6,22 +6,25 @@ another attempt takes the unit over, everything this one still wants to commit i
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 import inspect
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from flowlane import events
-from flowlane.deadline import Deadline
+from flowlane.deadline import Deadline, Interrupted
 from flowlane.errors import ConfigError, Fenced, Permanent, VersionConflict
 from flowlane.events import Event
 from flowlane.lane import Dead, F, Fact, Stage, Unit, fact_stream, stream_of
 from flowlane.ports import (
     Append,
     Commit,
+    Committed,
     Delivery,
     ObjectInfo,
     Publish,
@@ -41,6 +44,8 @@ CHUNK = 64
 #: Seconds that a unit found may wait for others to be registered with.
 PATIENCE = 1.0
 _MAX_STEP_RESULT = 64 * 1024
+#: A payload below this makes no event too long.
+_SURELY_FITS = events.MAX_EVENT_BYTES - 8192
 _NO_COUNTS = Counts()
 Terminal = Literal["unit.settled", "unit.skipped", "unit.superseded", "unit.dead"]
 
@@ -49,12 +54,16 @@ class Attempt:
     """One handling of one delivery; the handler sees it as its ``Context``."""
 
     __slots__ = (
+        "_busy",
         "_children",
         "_facts",
         "_known",
+        "_logged",
+        "_logged_at",
         "_ordinal",
         "_progress",
         "_waiting_since",
+        "beating",
         "deadline",
         "delivery",
         "ending",
@@ -96,6 +105,10 @@ class Attempt:
         self._facts: dict[str, tuple[int, Event]] = {}
         self._known: dict[str, int] = {}
         self._ordinal = 0
+        self._logged = events.EMPTY
+        self._logged_at = 0.0
+        self._busy = False
+        self.beating: tuple[Event, asyncio.Future[Committed | VersionConflict]] | None = None
         self._waiting_since = 0.0
 
     # ------------------------------------------------------------------ what it stands for
@@ -144,7 +157,7 @@ class Attempt:
 
     # ------------------------------------------------------------------ appending
 
-    def make(self, kind: str, data: Progress | None) -> Event:
+    def make(self, kind: str, data: Progress | Mapping[str, int] | None) -> Event:
         """The next event of the unit's own stream."""
         engine, origin = self.engine, self.origin
         return Event(
@@ -190,14 +203,62 @@ class Attempt:
         self.progress.attempt = 0
         self.progress.hops = 0
 
+    def _fenced(self) -> Fenced:
+        return Fenced(f"{self.unit}: the lease of this attempt was lost; another one has the unit")
+
     async def _append(self, kind: str) -> None:
         if self.lost:
-            raise Fenced(f"{self.unit}: the lease of this attempt was lost; another one has the unit")
-        own = self.make(kind, self.progress)
-        result = await self.engine.commit(Commit(appends=(Append(self.unit, self.version, (own,)),)))
-        if isinstance(result, VersionConflict):
-            raise result
+            raise self._fenced()
+        async with self._logs():
+            own = self.make(kind, self.progress)
+            result = await self.engine.commit(Commit(appends=(Append(self.unit, self.version, (own,)),)))
+            if isinstance(result, VersionConflict):
+                raise result
+            self._note_logged(own)
+
+    def _note_logged(self, own: Event) -> None:
         self.version += 1
+        self._logged, self._logged_at = own.data, self.engine.clock.monotonic()
+
+    # ------------------------------------------------------------------ signs of life
+
+    def beat(self, now: float, silence: float) -> None:
+        """Say in the log that somebody is at work here, if nothing has for `silence` seconds: whoever is
+        handed the unit besides then leaves it alone. Never while another append is under way."""
+        if self._busy or self.beating is not None or not self.started or self.lost:
+            return
+        if now - self._logged_at < silence:
+            return
+        own = msgspec.structs.replace(self.make(events.ATTEMPT_ALIVE, None), data=self._logged)
+        answer = self.engine.committer.post(Commit(appends=(Append(self.unit, self.version, (own,)),)))
+        self.beating = (own, answer)
+        answer.add_done_callback(lambda _: self._heard())
+
+    def _heard(self) -> None:
+        if self.beating is None or not self.beating[1].done():
+            return
+        (own, answer), self.beating = self.beating, None
+        if answer.cancelled() or answer.exception() is not None:
+            return  # unknown: if it was applied, the next append is refused
+        if isinstance(answer.result(), VersionConflict):
+            self.lost = True
+        else:
+            self._note_logged(own)
+
+    async def hush(self) -> None:
+        """No sign of life any more; returns once the last one is through."""
+        self._busy = True
+        if self.beating is not None:
+            await asyncio.wait([self.beating[1]])
+            self._heard()
+
+    @asynccontextmanager
+    async def _logs(self) -> AsyncIterator[None]:
+        await self.hush()
+        try:
+            yield
+        finally:
+            self._busy = False
 
     # ------------------------------------------------------------------ discovery
 
@@ -211,17 +272,17 @@ class Attempt:
             raise Permanent(
                 f"stage {self.stage.name} yielded {item!r:.80}: yield units (or facts), nothing else"
             )
-        self._add_child(item)
-        return self._flush_is_due()
+        now = self.engine.clock.monotonic()
+        self._add_child(item, now)
+        return self._flush_is_due(now)
 
     async def concluded(self, fact: Fact) -> bool:
         """Take the fact that the handler yielded, to be appended with the units yielded before it; whether it
         is time to ``flush``."""
         await self._add_fact(fact)
-        return self._flush_is_due()
+        return self._flush_is_due(self.engine.clock.monotonic())
 
-    def _flush_is_due(self) -> bool:
-        now = self.engine.clock.monotonic()
+    def _flush_is_due(self, now: float) -> bool:
         if not self._waiting_since:
             self._waiting_since = now
         return (
@@ -231,7 +292,7 @@ class Attempt:
             or self.deadline.near(now)
         )
 
-    def _add_child(self, unit: Unit) -> None:
+    def _add_child(self, unit: Unit, now: float) -> None:
         engine, head, lane = self.engine, self.origin, self.stage.lane
         kind = unit.unit_type
         handling = engine.handling(lane, kind)
@@ -248,7 +309,7 @@ class Attempt:
             lane,
             kind,
             stream,
-            engine.stamp(),
+            engine.stamp(now),
             msgspec.Raw(events.encode_data(unit)),
             1,
             head.run,
@@ -259,6 +320,8 @@ class Attempt:
             unit.unit_schema,
             head.traceparent,
         )
+        if len(child.data) > _SURELY_FITS:
+            events.encode(child)  # refused now, by name, rather than with all that is committed along with it
         self._known[stream] = 0
         self._children.append((child, handling))
 
@@ -289,16 +352,17 @@ class Attempt:
         """Register what was found so far, fenced by a progress event on the finder's own stream."""
         if not self._children and not self._facts:
             return
-        while True:
-            self.progress.children += len(self._children)
-            commit = self._commit(self.make(events.DISCOVERY_PROGRESS, self.progress), ())
-            result = await self.engine.commit(commit)
-            if not isinstance(result, VersionConflict):
-                break
-            self.progress.children -= len(self._children)
-            self.drop_known(result)
+        async with self._logs():
+            while True:
+                self.progress.children += len(self._children)
+                own = self.make(events.DISCOVERY_PROGRESS, self.progress)
+                result = await self.engine.commit(self._commit(own, ()))
+                if not isinstance(result, VersionConflict):
+                    break
+                self.progress.children -= len(self._children)
+                self.drop_known(result)
+            self._note_logged(own)
         moved = bool(self._children or self._facts)
-        self.version += 1
         self._forget()
         if moved:
             self.note_move()
@@ -340,7 +404,9 @@ class Attempt:
                 found[handling.name] = found.get(handling.name, 0) + 1
         for stream, (expected, event) in self._facts.items():
             appends.append(Append(stream, expected, (event,)))
-        tallies = [*tally, *[Tally(own.run, own.round, stage, n) for stage, n in found.items()]]
+        tallies = list(tally)
+        for stage, count in found.items():
+            tallies.append(Tally(own.run, own.round, stage, count))
         if again >= 0:
             published.append(Publish(own, self.handling.queue, again))
         return Commit(appends, published, tallies, ack)
@@ -351,15 +417,27 @@ class Attempt:
         """The commit that ends the unit: terminal event, tally, what was found, and the ack."""
         self.ending = (kind, reason)
         untouched = self._progress is None and not reason and self.origin.version == 1
-        if not untouched:
+        if untouched:  # what its progress would be, without making one for each of many small units
+            found = len(self._children)
+            self.final = self.make(kind, {"children": found} if found else None)
+        else:
             if kind != events.UNIT_SKIPPED:
                 self.progress.reason = reason
             self.progress.delay = 0.0
-        self.final = self.make(kind, None) if untouched and not self._children else self._make_last(kind)
+            self.final = self._make_last(kind)
         commit = self._commit(self.final, self._final_tally(kind), ack=self.delivery)
         if kind == "unit.dead":
             commit = self._with_notice(commit, reason)
         return commit
+
+    def renounce(self, head: Event, reason: str) -> Commit:
+        """The commit that ends the unit as dead for `reason` (or the one it was to be dead for already), with
+        the progress of `head`, its last event, and without anything found since."""
+        self._progress = progress(head)
+        self._children = []
+        self._facts = {}
+        known = self.ending[1] if len(self.ending) == 2 and self.ending[0] == "unit.dead" else ""
+        return self.conclude("unit.dead", known or reason)
 
     def end_again(self, conflict: VersionConflict) -> Commit:
         """The attempt's last commit once more, without the children that exist already.
@@ -480,6 +558,10 @@ class Attempt:
         steps = self.progress.steps
         if name in steps:
             return steps[name]
+        if self.lost:
+            raise self._fenced()
+        if self.moved and self.near_deadline():
+            raise Interrupted(f"the deadline is near, before step {name!r}")
         await self.start()
         keyword = {}
         if "idempotency_key" in inspect.signature(function).parameters:
@@ -497,7 +579,11 @@ class Attempt:
                 "store it, and return its URL"
             )
         steps[name] = msgspec.to_builtins(result)
-        await self.record(events.STEP_DONE, moved=True)
+        try:
+            await self.record(events.STEP_DONE, moved=True)
+        except Permanent:
+            del steps[name]  # all of them together are too long: the unit's end must not be
+            raise
         return steps[name]
 
     async def secret(self, reference: str) -> str:

@@ -93,10 +93,14 @@ class Committer:
                 if commit.appends or commit.publish
                 else Committed()
             )
+        return await self.post(commit)
+
+    def post(self, commit: Commit) -> asyncio.Future[Committed | VersionConflict]:
+        """Hand in `commit`, behind all that was handed in before; the answer comes later."""
         answer: asyncio.Future[Committed | VersionConflict] = asyncio.get_running_loop().create_future()
         self._work.append((commit, answer))
         self._kick()
-        return await answer
+        return answer
 
     def _kick(self) -> None:
         wake, self._wake = self._wake, None
@@ -115,7 +119,11 @@ class Committer:
                 finally:
                     self._wake = None
                 continue
-            group = [self._work.popleft() for _ in range(min(len(self._work), GROUP))]
+            if len(self._work) <= GROUP:
+                group = list(self._work)
+                self._work.clear()
+            else:
+                group = [self._work.popleft() for _ in range(GROUP)]
             answers: list[Answer] | tuple[Answer, ...]
             try:
                 answers = list(await self._engine.backend.commit([commit for commit, _ in group]))

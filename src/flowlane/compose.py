@@ -48,7 +48,7 @@ class OpenConnections:
     @asynccontextmanager
     async def sink(self, url: str, options: Mapping[str, Any]) -> AsyncIterator[Sink]:
         """The sink at `url`, shared by all that write to it and closed in the end."""
-        plain, given = await self._options("sink", url, options)
+        plain, given = await self.options("sink", url, options)
         yield await self._keep("sink", plain, plain, given)
 
     def notifier(self, url: str) -> AbstractAsyncContextManager[Notifier]:
@@ -63,17 +63,19 @@ class OpenConnections:
 
     @asynccontextmanager
     async def _fresh(self, kind: Any, url: str, options: Mapping[str, Any]) -> AsyncIterator[Any]:
-        plain, given = await self._options(kind, url, options)
+        plain, given = await self.options(kind, url, options)
         async with self._registry.open(kind, plain, self.environment, given) as opened:
             yield opened
 
-    async def _options(self, kind: Any, url: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    async def options(self, kind: Any, url: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """`url` without its options, and these and `options` with every secret reference resolved."""
         plain, given = self._registry.split(kind, url)
         secrets = tuple(f"{scheme}://" for scheme in self._registry.schemes("secrets"))
-        for name, value in given.items():
-            if value.startswith(secrets):
-                given[name] = await self.secret(value)
-        return plain, {**given, **options}
+        wanted: dict[str, Any] = {**given, **options}
+        for name, value in wanted.items():
+            if isinstance(value, str) and value.startswith(secrets):
+                wanted[name] = await self.secret(value)
+        return plain, wanted
 
     async def _keep(self, kind: Any, name: str, url: str, options: Mapping[str, Any]) -> Any:
         key = (kind, name, repr(sorted(options.items(), key=lambda item: item[0])))
@@ -131,7 +133,7 @@ async def open_application(
         connections = OpenConnections(registry, clock, stack, allow_private=settings.allow_private_hosts)
         used = backend
         if used is None:
-            plain, options = registry.split("backend", settings.backend)
+            plain, options = await connections.options("backend", settings.backend, {})
             used = await stack.enter_async_context(
                 registry.open("backend", plain, connections.environment, options)
             )
@@ -156,6 +158,10 @@ def load_lane(reference: str) -> Lane:
             line of the user's file.
     """
     place, _, name = reference.partition(":") if reference[1:3] != ":\\" else (reference, "", "")
+    if not place:
+        raise ConfigError(
+            f"{reference!r} names no lane: give path/to/file.py[:name] or package.module[:name]"
+        )
     name = name or "lane"
     module = _import_file(Path(place)) if place.endswith(".py") or "/" in place else _import_module(place)
     lane = getattr(module, name, None)
@@ -187,7 +193,7 @@ def _import_file(path: Path) -> ModuleType:
     except FlowlaneError as error:
         raise ConfigError(f"{path}{_line(error, path)}: {error}") from error
     except Exception as error:
-        raise ConfigError(f"{path}{_line(error, path)} raised {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{path}{_line(error, path)} raised {_said(error)}") from error
     finally:
         sys.path.remove(str(path.parent.absolute()))
     return module
@@ -200,9 +206,14 @@ def _import_module(name: str) -> ModuleType:
     except FlowlaneError as error:
         raise ConfigError(f"{name}: {error}") from error
     except Exception as error:
-        raise ConfigError(f"importing {name} raised {type(error).__name__}: {error}") from error
+        raise ConfigError(f"importing {name} raised {_said(error)}") from error
     finally:
         sys.path.remove(str(Path.cwd()))
+
+
+def _said(error: BaseException) -> str:
+    """The error on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _line(error: BaseException, path: Path) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,7 +36,7 @@ from flowlane.ports import (
     Tally,
 )
 from flowlane.report import Report, build_report
-from flowlane.state import Position, Progress, RunTally, progress, status
+from flowlane.state import Position, Progress, RunTally, failure, progress, status
 from flowlane.transfer import quarantine_url
 
 if TYPE_CHECKING:
@@ -43,10 +44,13 @@ if TYPE_CHECKING:
 
 Outcome = Literal["settled", "dead", "retried", "continued", "conflict", "released", "failed"]
 
+logger = logging.getLogger("flowlane")
+
 #: Event types that only a running attempt appends: a young one means that somebody is at work.
 _AT_WORK = frozenset(
     {
         events.ATTEMPT_STARTED,
+        events.ATTEMPT_ALIVE,
         events.UPLOAD_OPENED,
         events.BATCH_WRITTEN,
         events.STEP_DONE,
@@ -116,6 +120,7 @@ class Engine:
                 handling = Handling(stage)
                 self._queues[stage.queue] = self._types[lane.name, stage.on] = handling
         self._prefix = clock.token()
+        self._busy: set[str] = set()
         self._count = 0
         self._stamp = ("", -1.0)
         #: Set and replaced whenever a run completes here: wakes who waits for one.
@@ -141,10 +146,11 @@ class Engine:
         self._count += 1
         return f"{self._prefix}{self._count:x}"
 
-    def stamp(self) -> str:
-        """The wall time as it stands in events, to the millisecond."""
+    def stamp(self, now: float | None = None) -> str:
+        """The wall time as it stands in events, to the millisecond; `now`: the monotonic clock's."""
         text, until = self._stamp
-        now = self.clock.monotonic()
+        if now is None:
+            now = self.clock.monotonic()
         if now >= until:
             text = rfc3339(self.clock.now())
             self._stamp = (text, now + 0.001)
@@ -181,7 +187,7 @@ class Engine:
         raw = events.upcast(event.data, event.schema, unit.unit_schema, unit.unit_upcasters, what)
         try:
             return msgspec.json.decode(raw, type=unit)
-        except msgspec.DecodeError as error:
+        except (ValueError, RecursionError) as error:  # msgspec's DecodeError is a ValueError
             raise Permanent(
                 f"the payload of {what} does not fit {unit.__name__} ({error}): "
                 "add schema= and upcasters to the class"
@@ -269,9 +275,10 @@ class Engine:
             await delivery.ack()
             return "settled"
         attempt = slot.attempt = Attempt(self, handling, delivery, head, deadline)
+        entered = False
         try:
             if delivery.attempt > 1 or head.version != event.version:
-                wait = self._somebody_at_work(head, handling.stage)
+                wait = 0.0 if self._was_ours(head) else self._somebody_at_work(head, handling.stage)
                 if wait > 0:
                     await delivery.nack(delay=wait)
                     return "released"
@@ -281,17 +288,28 @@ class Engine:
                     return attempt
             first = head if head.version == 1 else await self._first(head.subject)
             attempt.event = self._typed(handling, first)
+            self._busy.add(head.subject)
+            entered = True
             if handling.generator:
                 await self._discover(handling, attempt)
             elif (result := await handling.handler(attempt.event, attempt)) is not None:
                 raise Permanent(
                     f"stage {handling.name} returned {result!r:.60}: return nothing; yield the units you find"
                 )
+            if attempt.beating is not None:
+                await attempt.hush()
             attempt.outcome = "settled"
             self.committer.submit(attempt.conclude(attempt.kind), attempt)
             return attempt
         except Exception as error:  # noqa: BLE001  # a stage may raise anything; classified there
             return await self.fail(attempt, error)
+        finally:
+            if entered:
+                self._busy.discard(head.subject)
+
+    def _was_ours(self, head: Event) -> bool:
+        """Whether the attempt that `head` tells of was made here, and is over: no reason to wait for it."""
+        return head.id.startswith(self._prefix) and head.subject not in self._busy
 
     def _somebody_at_work(self, head: Event, stage: Stage) -> float:
         """How long to leave the unit alone, seconds. A courtesy, not a lock: versions decide who may commit,
@@ -323,7 +341,7 @@ class Engine:
         if first.schema == unit.unit_schema:
             try:
                 data = handling.decoder.decode(first.data)
-            except msgspec.DecodeError:
+            except (ValueError, RecursionError):
                 data = self.payload(first, unit)
         else:
             data = self.payload(first, unit)
@@ -364,6 +382,7 @@ class Engine:
     async def fail(self, attempt: Attempt, error: BaseException) -> Attempt | Outcome:
         """What becomes of a unit whose attempt ended with `error`; hands the commit to the committer."""
         error = leaf(error)
+        await attempt.hush()
         now = attempt.progress
         policy = attempt.stage.policy
         if isinstance(error, Fenced) and await self._overtaken(attempt):
@@ -393,8 +412,16 @@ class Engine:
                     delay = max(delay, min(error.delay, float(policy.backoff_cap)))
                 attempt.outcome = "retried"
                 commit = attempt.postpone(events.ATTEMPT_FAILED, delay, describe(error))
+        self._tell(attempt, error)
         self.committer.submit(commit, attempt)
         return attempt
+
+    def _tell(self, attempt: Attempt, error: BaseException) -> None:
+        level = logging.WARNING if attempt.outcome == "dead" else logging.INFO
+        if logger.isEnabledFor(level):
+            about = {"lane": attempt.lane, "run": attempt.run, "stage": attempt.stage.name}
+            about["unit"] = attempt.unit
+            logger.log(level, "%s %s: %s", attempt.unit, attempt.outcome, describe(error), extra=about)
 
     def _dead(self, attempt: Attempt, reason: str) -> Commit:
         attempt.outcome = "dead"
@@ -417,6 +444,7 @@ class Engine:
             await delivery.ack()
             return "settled"
         stage = self._queues[delivery.stage].stage
+        logger.debug("%s: somebody else decided first; left alone for now", stream)
         await delivery.nack(delay=stage.policy.delay(1, self.clock.random()))
         return "conflict"
 
@@ -427,6 +455,7 @@ class Engine:
         try:
             await self._see_through(commit, attempt, result)
         except Exception:  # noqa: BLE001  # the log is away; the lease will run out and the unit come again
+            logger.warning("%s: its end is not logged yet, the log does not answer", attempt.unit)
             attempt.outcome = "released"
 
     async def _see_through(
@@ -441,6 +470,23 @@ class Engine:
             await self.check_fan_in(commit, result)
         except VersionConflict:
             attempt.outcome = await self.conflict(attempt.delivery)
+        except Permanent as error:
+            await self._refused(attempt, error)
+
+    async def _refused(self, attempt: Attempt, error: Permanent) -> None:
+        """The log will never take what the attempt decided (an event is too long, say): the unit is dead,
+        with the progress that the log does hold."""
+        head = (await self.backend.last([attempt.unit]))[attempt.unit]
+        if head.version != attempt.version:
+            attempt.outcome = await self.conflict(attempt.delivery)
+            return
+        attempt.outcome = "dead"
+        commit = attempt.renounce(head, describe(error))
+        result = await self.commit(commit)
+        if isinstance(result, VersionConflict):
+            attempt.outcome = await self.conflict(attempt.delivery)
+        else:
+            await self.check_fan_in(commit, result)
 
     async def _again(self, commit: Commit, attempt: Attempt, error: BaseException) -> Committed:
         known = await self._look_up(attempt.final)
@@ -487,6 +533,7 @@ class Engine:
 
     async def _completion(self, head: Event, now: Progress, round: int) -> Commit:
         lane = self.lanes[head.source]
+        now.reason = failure(head)
         report = await self.report(head)
         now.completed = sorted({*now.completed, round})
         now.report = report.brief()
@@ -515,6 +562,7 @@ class Engine:
     async def report(self, head: Event) -> Report:
         """What the run whose head is `head` has come to, over all its rounds."""
         now = progress(head)
+        now.reason = failure(head)
         tallies: list[RunTally] = [await self.backend.tally(head.subject, n) for n in range(now.opened + 1)]
         return build_report(self.lanes[head.source], head, now, tallies)
 

@@ -60,7 +60,7 @@ class Permanent(FlowlaneError):
 
 
 class BadRecord(Permanent):
-    """Raised by a ``map`` or ``enrich`` function (or a parser) to quarantine one record."""
+    """Raised by a ``map`` function (or a parser) to quarantine one record; the others go on."""
 
 
 class Superseded(FlowlaneError):
@@ -84,12 +84,16 @@ class VersionConflict(Fenced):
 
 def redact(uri: str) -> str:
     """`uri` fit for messages: without user, password and query, any of which may hold a secret."""
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        return uri.partition("?")[0].rpartition("@")[2]
     try:
         parts = urlsplit(uri)
+        _ = parts.port  # a password with a character that should be encoded ends the host in its middle
     except ValueError:
-        return uri.partition("?")[0]
+        return f"{scheme.rpartition('@')[2]}://..."
     if not parts.scheme:
-        return uri.partition("?")[0]
+        return f"{rest.partition('?')[0].rpartition('@')[2]}"
     host = parts.netloc.rpartition("@")[2]
     # Not by urlunsplit: it makes sqlite:/path of sqlite:///path.
-    return f"{parts.scheme}:{'//' if '://' in uri else ''}{host}{parts.path}"
+    return f"{parts.scheme}://{host}{parts.path}"

@@ -28,6 +28,7 @@ EMPTY: Final = msgspec.Raw(b"{}")
 ATTEMPT_STARTED: Final = "attempt.started"
 ATTEMPT_FAILED: Final = "attempt.failed"
 ATTEMPT_CONTINUED: Final = "attempt.continued"
+ATTEMPT_ALIVE: Final = "attempt.alive"
 UPLOAD_OPENED: Final = "upload.opened"
 BATCH_WRITTEN: Final = "batch.written"
 STEP_DONE: Final = "step.done"
@@ -58,7 +59,7 @@ class Event(msgspec.Struct, frozen=True, tag_field="specversion", tag="1.0", gc=
     type: str
     subject: str  #: the stream, i.e. the unit of work
     time: str  #: RFC 3339, UTC
-    data: Any
+    data: Any = EMPTY
     version: int = 0  #: extension: place in the stream, from 1
     run: str = ""  #: extension: the stream of the run that caused it
     round: int = 0  #: extension: the run's round (its count of redrives)
@@ -78,12 +79,14 @@ encode_data = _encoder.encode
 
 
 def encode(event: Event) -> bytes:
-    """`event` as structured JSON, in one line without control characters.
+    """`event` as structured JSON, in one line: what is below U+0020 is escaped, or left out between values.
 
     Raises:
         Permanent: the event is longer than ``MAX_EVENT_BYTES``.
     """
     raw = _encoder.encode(event)
+    if b"\n" in raw or b"\r" in raw or b"\t" in raw:  # never in a string: somebody's layout of the payload
+        raw = msgspec.json.format(raw, indent=-1)
     if len(raw) > MAX_EVENT_BYTES:
         raise Permanent(
             f"event {event.type} of {event.subject} has {len(raw):,} bytes, "
@@ -104,8 +107,10 @@ def decode(raw: bytes | str) -> Event:
     try:
         fields = _raw_decoder.decode(raw)
         event = _decoder.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of msgspec (its DecodeError) and of Unicode
         raise Permanent(f"not a CloudEvents 1.0 event: {error}") from None
+    if "specversion" not in fields:  # msgspec takes a missing tag for the only one there is
+        raise Permanent("not a CloudEvents 1.0 event: Object missing required field `specversion`")
     return msgspec.structs.replace(event, data=fields.get("data", EMPTY))
 
 
@@ -121,7 +126,8 @@ def upcast(
 
     Raises:
         Permanent: `schema` is newer than `current` (another release wrote it): the unit is parked, so
-            that the newer release can take it up; nothing is guessed.
+            that the newer release can take it up; nothing is guessed. Or an upcaster fails.
+        ConfigError: an upcaster is missing.
     """
     if schema == current:
         return raw
@@ -129,13 +135,16 @@ def upcast(
         raise Permanent(
             f"{what} was written with schema {schema}, this release knows {current}: upgrade, then redrive"
         )
-    value = msgspec.json.decode(raw)
     for n in range(schema, current):
-        try:
-            step = upcasters[n]
-        except KeyError:
-            raise ConfigError(
-                f"{what} has no upcaster from schema {n} to {n + 1}: add one to its class"
-            ) from None
-        value = step(value)
-    return msgspec.Raw(_encoder.encode(value))
+        if n not in upcasters:
+            raise ConfigError(f"{what} has no upcaster from schema {n} to {n + 1}: add one to its class")
+    n = schema
+    try:
+        value = msgspec.json.decode(raw)
+        for n in range(schema, current):  # told below
+            value = upcasters[n](value)
+        return msgspec.Raw(_encoder.encode(value))
+    except Exception as error:
+        raise Permanent(
+            f"{what}: the upcaster from schema {n} to {n + 1} failed ({type(error).__name__}: {error})"
+        ) from error

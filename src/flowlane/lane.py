@@ -6,7 +6,7 @@ Declaring a lane has no effect besides the object itself: nothing is opened, sch
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, date, datetime
 from hashlib import blake2b
@@ -129,32 +129,41 @@ def stream_of(lane: str, unit: Unit) -> str:
         raise ConfigError(
             f"unit {type(unit).__name__} has no key: declare it as class {type(unit).__name__}(Unit, key=...)"
         )
-    parts = [_key_part(unit, name) for name in unit.unit_key]
-    stream = f"{lane}/{unit.unit_type}/{'@'.join(parts)}"
+    return _stream(lane, type(unit), [getattr(unit, name) for name in unit.unit_key])
+
+
+def _stream(lane: str, unit: type[Unit], values: Sequence[Any]) -> str:
+    if len(values) == 1:
+        key = _key_part(unit, 0, values[0])
+    else:
+        key = "@".join([_key_part(unit, n, value) for n, value in enumerate(values)])
+    stream = f"{lane}/{unit.unit_type}/{key}"
     if len(stream) > _MAX_STREAM:
+        # "!" is in no name that was not cut: one that looks like a cut one cannot be given.
         digest = blake2b(stream.encode(), digest_size=16).hexdigest()
-        stream = f"{stream[: _MAX_STREAM - 33]}@{digest}"
+        stream = f"{stream[: _MAX_STREAM - 33]}!{digest}"
     return stream
 
 
-def _key_part(unit: Unit, name: str) -> str:
-    value = getattr(unit, name)
+def _key_part(unit: type[Unit], number: int, value: Any) -> str:
     if isinstance(value, str):
         return value if _PLAIN.fullmatch(value) else quote(value, safe=":/+=,~", errors="surrogatepass")
+    if isinstance(value, int):
+        return str(value)
     if isinstance(value, datetime):
         return events_time(value)
-    if isinstance(value, date | int):
+    if isinstance(value, date):
         return str(value)
     raise Permanent(
-        f"unit {type(unit).__name__} has {type(value).__name__} in its key field {name!r}: "
-        "use text or numbers"
+        f"unit {unit.__name__} has {type(value).__name__} in its key field {unit.unit_key[number]!r}: "
+        "use text or whole numbers"
     )
 
 
 def events_time(moment: datetime) -> str:
-    """`moment` in UTC as it stands in keys: to the second, without punctuation that URLs would escape."""
-    utc = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-    return utc.strftime("%Y-%m-%dT%H:%M:%SZ")
+    """`moment` in UTC as it stands in keys: as short as it can be without loss, ``2024-01-01T00:00:00Z``."""
+    utc = moment if moment.tzinfo is None else moment.astimezone(UTC)
+    return utc.replace(tzinfo=None).isoformat() + "Z"
 
 
 class Fact(Unit):
@@ -170,11 +179,17 @@ F = TypeVar("F", bound=Fact)
 
 
 def fact_stream(lane: str, fact: type[F], key: dict[str, Any]) -> str:
-    """The stream of the facts of type `fact` with that key."""
+    """The stream of the facts of type `fact` with that key.
+
+    Raises:
+        ConfigError: `key` does not name the fields that the fact's key is made of.
+    """
+    if set(key) != set(fact.unit_key):
+        wanted = ", ".join(fact.unit_key) or "nothing"
+        raise ConfigError(f"fact {fact.__name__} is told by {wanted}, not by {', '.join(key) or 'nothing'}")
     if not fact.unit_key:
         return f"{lane}/{fact.unit_type}"
-    blank = {f.name: f.default for f in msgspec.structs.fields(fact) if f.default is not msgspec.NODEFAULT}
-    return stream_of(lane, fact(**{**blank, **{name: key[name] for name in fact.unit_key}}))
+    return _stream(lane, fact, [key[name] for name in fact.unit_key])
 
 
 class Trigger(Unit, key=("slot",), type="run"):
@@ -234,10 +249,11 @@ class Policy:
             ("batch", 1),
             ("batch_bytes", 1),
         ):
-            value = getattr(self, name)
+            value: Any = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"policy {name}={value!r}: must be a whole number of at least {least}")
-        if not 0 <= self.error_budget <= 1:
+        share: Any = self.error_budget
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
             raise ConfigError(f"policy error_budget={self.error_budget!r}: must be a share between 0 and 1")
         if self.schema not in ("evolve", "freeze", "quarantine"):
             raise ConfigError(f"policy schema={self.schema!r}: must be evolve, freeze or quarantine")
@@ -286,6 +302,9 @@ _OWN: Mapping[str, type[Unit]] = {
     events.LANE_DEAD: Dead,
 }
 
+#: Unit types whose streams the engine names itself.
+_RESERVED = frozenset(unit.unit_type for unit in _OWN.values())
+
 View = Callable[[Any], Awaitable[dict[str, Any]]]
 
 
@@ -329,6 +348,11 @@ class Lane:
                 f"lane {self.name}: a stage is subscribed to a Unit class or to lane.triggered, not {on!r}"
             )
         kind = on if isinstance(on, str) else unit.unit_type
+        if not isinstance(on, str) and kind in _RESERVED:
+            raise ConfigError(
+                f"lane {self.name}: unit {unit.__name__} has the type {kind!r}, "
+                "whose streams are the engine's own: rename the class or give it a type="
+            )
         known = {f.name for f in fields(Policy)}
         unknown = sorted(set(policy) - known)
         if unknown:

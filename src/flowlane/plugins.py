@@ -81,12 +81,17 @@ class Registry:
         return cls(plugins)
 
     def _take(self, name: str, plugin: Any) -> None:
-        others = [p for n, p in self._manager.list_name_plugin() if n != name]
-        caller = self._manager.subset_hook_caller("flowlane_provides", remove_plugins=others)
         try:
+            others = [p for n, p in self._manager.list_name_plugin() if n != name]
+            caller = self._manager.subset_hook_caller("flowlane_provides", remove_plugins=others)
             answers = [item for answer in caller() for item in answer]
         except Exception as error:
             raise PluginError(f"plugin {name!r} failed to say what it provides: {error}") from error
+        if not caller.get_hookimpls():
+            raise PluginError(
+                f"plugin {name!r} implements no hook of flowlane's: point its entry point at the module that "
+                "has flowlane_provides"
+            )
         for item in answers:
             if not isinstance(item, Provides):
                 raise PluginError(

@@ -407,6 +407,7 @@ class Source(Protocol):
 
         Raises:
             Incomplete: the split cannot be proven to have been read whole.
+            Permanent: nothing could ever prove it (neither length nor checksum).
             Superseded: it is no longer what was listed.
         """
         ...
@@ -434,7 +435,9 @@ class Writer(Protocol):
 
     @property
     def position(self) -> Position | None:
-        """Where the sink itself says this unit's split stands; ``None`` where only the log knows."""
+        """Where the sink itself says this unit's split stands; ``None`` where only the log knows.
+
+        Less than the log knows of means that what had been written is gone: the split begins again."""
         ...
 
     @property

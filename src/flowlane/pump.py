@@ -7,6 +7,7 @@ is worked off in a quarter of a second, so a slow stage hoards nothing that anot
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -14,9 +15,11 @@ from types import TracebackType
 
 from flowlane.attempt import Attempt
 from flowlane.deadline import Deadline, Interrupted
-from flowlane.engine import Engine, Handling, Outcome
+from flowlane.engine import Engine, Handling, Outcome, describe
 from flowlane.errors import Fenced, Retryable
 from flowlane.ports import Delivery
+
+logger = logging.getLogger("flowlane")
 
 #: Deliveries of one stage held by one worker, at most, and how many seconds' worth of them.
 PREFETCH = 512
@@ -94,9 +97,7 @@ class Pump:
     the last commits.
     """
 
-    def __init__(
-        self, engine: Engine, deadline: Deadline, *, receiving: bool = True, only: str = ""
-    ) -> None:
+    def __init__(self, engine: Engine, deadline: Deadline, *, receiving: bool = True, only: str = "") -> None:
         self.engine = engine
         self.deadline = deadline
         self.outcomes: dict[int, Outcome] = {}
@@ -175,7 +176,8 @@ class Pump:
         station = self._stations.get(delivery.stage)
         if station is None:
             return "failed"
-        ended = self._awaited[id(delivery)] = asyncio.get_running_loop().create_future()
+        ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._awaited[id(delivery)] = ended
         try:
             station.feed([delivery], self.engine.clock.monotonic())
             return await ended
@@ -215,8 +217,9 @@ class Pump:
                 got = await self.engine.backend.receive(
                     [station.queue], room, lease=station.lease, wait=_POLL
                 )
-            except Exception:  # noqa: BLE001  # the queue is away: wait, with jitter, and ask again
+            except Exception as error:  # noqa: BLE001  # the queue is away: wait, with jitter, and ask again
                 failures += 1
+                logger.warning("queue %s does not answer: %s", station.queue, describe(error))
                 await clock.sleep(min(30.0, 0.1 * 2**failures) * (0.5 + clock.random() / 2))
                 continue
             failures = 0
@@ -270,16 +273,17 @@ class Pump:
         why, task = slot.why, slot.task
         if why is None or task is None:
             raise asyncio.CancelledError
-        slot.why = None
         if task.uncancel() > 0:
             raise asyncio.CancelledError
-        if slot.attempt is None:
-            await self._give_back(delivery)
-            return "released"
         try:
+            if slot.attempt is None:
+                await self._give_back(delivery)
+                return "released"
             return await self.engine.fail(slot.attempt, why)
         except Exception:  # noqa: BLE001  # the log is away; the lease will run out
             return "released"
+        finally:
+            slot.why = None  # only now: a second interruption would hit what sees to the first
 
     async def _absorb(self, slot: Slot) -> None:
         """Take the cancellation that came when the attempt had just ended: it is not meant for the next."""
@@ -296,9 +300,10 @@ class Pump:
     def _ended(self, delivery: Delivery, outcome: Outcome) -> None:
         if self._keep_outcomes:
             self.outcomes[id(delivery)] = outcome
-        awaited = self._awaited.get(id(delivery))
-        if awaited is not None and not awaited.done():
-            awaited.set_result(outcome)
+        if self._awaited:
+            awaited = self._awaited.get(id(delivery))
+            if awaited is not None and not awaited.done():
+                awaited.set_result(outcome)
         self._stations[delivery.stage].release(delivery)
 
     # ------------------------------------------------------------------ watching
@@ -321,6 +326,7 @@ class Pump:
                 self._watch_time(station, now)
                 if now - station.since >= tick:
                     station.adapt(now)
+                self._beat(station, now)
                 await self._keep_leases(station, now)
 
     def _watch_time(self, station: _Station, now: float) -> None:
@@ -334,6 +340,16 @@ class Pump:
                 slot.interrupt(
                     Retryable(f"the attempt took longer than its timeout of {station.timeout:g} s")
                 )
+
+    def _beat(self, station: _Station, now: float) -> None:
+        """Let the log say that silent attempts are at work, so that nobody takes them over."""
+        for slot in station.slots:
+            attempt, delivery = slot.attempt, slot.delivery
+            if attempt is None or delivery is None:
+                continue
+            attempt.beat(now, station.lease / 2)
+            if attempt.lost:
+                self._lost(station, delivery)
 
     async def _keep_leases(self, station: _Station, now: float) -> None:
         due = [(key, d) for key, (d, since) in station.held.items() if now - since >= station.lease / 3]
@@ -363,4 +379,5 @@ class Pump:
             if slot.delivery is delivery:
                 if slot.attempt is not None:
                     slot.attempt.lost = True
+                logger.warning("%s: its lease was lost, the attempt is given up", delivery.event.subject)
                 slot.interrupt(Fenced(f"the lease on {delivery.event.subject} was lost"))

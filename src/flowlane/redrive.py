@@ -11,7 +11,7 @@ from flowlane.engine import Engine
 from flowlane.errors import ConfigError, VersionConflict
 from flowlane.events import Event
 from flowlane.ports import Append, Commit, Publish, Tally
-from flowlane.state import progress, status
+from flowlane.state import failure, progress, status
 
 #: Units in one round: what fits into one commit with the run's own event and the tallies.
 GROUP = 40
@@ -37,6 +37,8 @@ async def redrive(engine: Engine, lane: str, units: Sequence[str] = ()) -> list[
         raise ConfigError(f"{min(missing)} is not a dead unit of lane {lane}: `flowlane dead` lists them")
     revived: list[str] = []
     for run, heads in by_run.items():
+        # A dead discovery last: once it is at work again, nobody else may append to the run's stream.
+        heads.sort(key=lambda head: head.subject == run)
         for i in range(0, len(heads), GROUP):
             revived += await _open_round(engine, run, heads[i : i + GROUP])
     return revived
@@ -45,7 +47,7 @@ async def redrive(engine: Engine, lane: str, units: Sequence[str] = ()) -> list[
 async def _open_round(engine: Engine, run: str, heads: list[Event]) -> list[str]:
     for _ in range(_TRIES):
         last = await engine.backend.last([run, *(head.subject for head in heads)])
-        alive = [last[head.subject] for head in heads if status(last[head.subject]) == "dead"]
+        alive = [last[head.subject] for head in heads if _is_dead(last[head.subject])]
         if not alive:
             return []
         if status(last[run]) == "open":
@@ -58,8 +60,16 @@ async def _open_round(engine: Engine, run: str, heads: list[Event]) -> list[str]
     raise ConfigError(f"{run} is being changed by somebody else all the time: try again later")
 
 
+def _is_dead(head: Event) -> bool:
+    """Whether a redrive may revive it; a run whose discovery died may be waiting for other rounds to end."""
+    if head.subject == head.run:
+        return status(head) in ("dead", "closed") and bool(failure(head))
+    return status(head) == "dead"
+
+
 def _round(engine: Engine, run: Event, dead: list[Event]) -> Commit:
     now = progress(run)
+    now.reason = failure(run)
     number = now.opened + 1
     now.opened = number
     counted: dict[str, int] = {}

@@ -72,7 +72,8 @@ def _failure(lane: Lane, now: Progress, total: StageTally) -> str:
     if now.reason:
         return f"discovery died: {now.reason}"
     if total.dead > total.redriven:
-        return f"{total.dead - total.redriven} units are dead"
+        dead = total.dead - total.redriven
+        return f"{dead} unit is dead" if dead == 1 else f"{dead} units are dead"
     budget = max((stage.policy.error_budget for stage in lane.stages), default=0.0)
     if total.counts.quarantined > budget * total.counts.records_in:
         return (

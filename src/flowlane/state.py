@@ -72,11 +72,12 @@ class Transfer(msgspec.Struct, frozen=True, omit_defaults=True):
 
     split: int = 0
     position: Position = Position()
-    high: int = 0  #: the furthest offset ever reached: moving on means passing it
+    high: int = 0  #: the furthest offset (loads: row) ever reached: moving on means passing it
     etag: str = ""
     upload: str = ""  #: what names the unfinished effect in the sink or store
     done: bool = False
     counts: Counts = msgspec.field(default_factory=Counts)
+    before: Counts = msgspec.field(default_factory=Counts)  #: loads: what the splits already done had come to
 
 
 class Progress(msgspec.Struct, omit_defaults=True):
@@ -114,6 +115,7 @@ _ENGINE = frozenset(
         events.ATTEMPT_STARTED,
         events.ATTEMPT_FAILED,
         events.ATTEMPT_CONTINUED,
+        events.ATTEMPT_ALIVE,
         events.UPLOAD_OPENED,
         events.BATCH_WRITTEN,
         events.STEP_DONE,
@@ -152,6 +154,12 @@ def status(head: Event) -> Status:
                 return "closed"
             return "dead" if now.reason else "settled"
     return known or "open"
+
+
+def failure(head: Event) -> str:
+    """Why the discovery of the run whose last event is `head` died; empty if it did not. One that was skipped
+    has a reason too, which is none for the run to have failed."""
+    return "" if head.type == events.UNIT_SKIPPED else progress(head).reason
 
 
 def index(head: Event) -> Literal["open", "dead"] | None:

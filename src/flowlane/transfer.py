@@ -11,6 +11,7 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import aclosing, contextmanager
+from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -301,14 +302,32 @@ class _Load:
                     "went out: give it a key to read by"
                 )
         async with sink.open(split, self.attempt.ref, state.upload) as writer:
+            stands = writer.position
+            if stands is not None and stands.row < state.position.row:
+                state = self._begin_again()
             async with aclosing(source.read(split, state.position, self.cut)) as batches:
                 async for batch in batches:
                     await self._write(split, writer, batch)
             await writer.finish()
         self.state = msgspec.structs.replace(
-            self.state, split=self.state.split + 1, position=Position(), high=0, etag="", upload=""
+            self.state,
+            split=self.state.split + 1,
+            position=Position(),
+            high=0,
+            etag="",
+            upload="",
+            before=self.state.counts,
         )
         await self._log(moved=True)
+
+    def _begin_again(self) -> Transfer:
+        """The sink has lost what the log counted on (an unfinished upload, say): this split from its start."""
+        lost = self.state.counts.since(self.state.before)
+        progress = self.attempt.progress
+        progress.counts = progress.counts.since(lost)
+        counts = self.state.counts.since(lost)
+        self.state = msgspec.structs.replace(self.state, position=Position(), upload="", counts=counts)
+        return self.state
 
     async def end(self) -> Counts:
         """All splits are in: remember it with the unit's next event."""
@@ -319,15 +338,20 @@ class _Load:
     async def _write(self, split: Split, writer: Writer, batch: Batch) -> None:
         went = Counts(records_in=len(batch.records) + len(batch.bad), bytes_in=batch.size)
         bad = list(batch.bad)
+        rows = _rows_of(batch)
         for kind, function in self.rows.steps:
             if kind == "map":
-                batch.records, refused = await self.attempt.engine.clock.offload(
-                    lambda f=function: apply_map(f, batch, went)  # type: ignore[misc]  # bound now, run now
+                batch.records, rows, refused = await self.attempt.engine.clock.offload(
+                    partial(apply_map, function, batch.records, rows, went)
                 )
                 bad += refused
             else:
                 batch.records = await _enrich(function, batch.records)
-        refused_by_sink = await writer.write(batch)
+        # The sink counts the records it was given; what it refuses is told by where they came from.
+        refused_by_sink = [
+            msgspec.structs.replace(found, row=rows[found.row - batch.start.row])
+            for found in await writer.write(batch)
+        ]
         bad += refused_by_sink
         went.records_out = len(batch.records) - len(refused_by_sink)
         went.quarantined = len(bad)
@@ -337,15 +361,16 @@ class _Load:
         counts.add(went)
         total = msgspec.structs.replace(self.state.counts)
         total.add(went)
+        moved = batch.end.row > self.state.high
         self.state = msgspec.structs.replace(
             self.state,
             position=batch.end,
-            high=max(self.state.high, batch.end.offset),
+            high=max(self.state.high, batch.end.row),
             etag=split.etag,
             upload=writer.resume,
             counts=total,
         )
-        await self._log(moved=True)
+        await self._log(moved=moved)
         self._check_budget(counts)
         if self.attempt.near_deadline():
             raise Interrupted(f"{batch.end.row:,} rows of {split.url} are loaded so far")
@@ -364,15 +389,26 @@ class _Load:
             )
 
 
-def apply_map(function: Mapper, batch: Batch, went: Counts) -> tuple[list[Record], list[Bad]]:
-    """Each record through `function`; skipped and expanded ones counted in `went`, bad ones returned."""
-    kept: list[Record] = []
-    bad: list[Bad] = []
+def _rows_of(batch: Batch) -> list[int]:
+    """The row of the source that each of the batch's records comes from."""
     unreadable = {found.row for found in batch.bad}
-    rows = (row for row in range(batch.start.row, batch.end.row) if row not in unreadable)
-    for row, record in zip(rows, batch.records, strict=False):  # expanded records share no row of their own
+    rows = [row for row in range(batch.start.row, batch.end.row) if row not in unreadable]
+    # A source whose rows are not its records: as good as can be told, and none lost for it.
+    rows += [batch.end.row] * (len(batch.records) - len(rows))
+    return rows[: len(batch.records)]
+
+
+def apply_map(
+    function: Mapper, records: list[Record], rows: list[int], went: Counts
+) -> tuple[list[Record], list[int], list[Bad]]:
+    """Each of `records`, which come from those `rows`, through `function`: those kept, their rows, and the
+    bad ones; skipped and expanded ones are counted in `went`."""
+    kept: list[Record] = []
+    kept_rows: list[int] = []
+    bad: list[Bad] = []
+    for row, record in zip(rows, records, strict=True):
         try:
-            result = function(record)
+            result: Any = function(record)  # the user's: may be anything
         except BadRecord as error:
             bad.append(Bad(row, str(error), repr(record)[:1000]))
             continue
@@ -380,22 +416,26 @@ def apply_map(function: Mapper, batch: Batch, went: Counts) -> tuple[list[Record
             went.skipped += 1
         elif isinstance(result, dict):
             kept.append(result)
-        elif isinstance(result, list):
+            kept_rows.append(row)
+        elif isinstance(result, list) and all(isinstance(item, dict) for item in result):
             went.expanded += len(result) - 1 if result else 0
             went.skipped += 0 if result else 1
             kept.extend(result)
+            kept_rows.extend([row] * len(result))
         else:
             raise Permanent(
                 f"map returned {type(result).__name__}: return a record, a list of records, or None"
             )
-    return kept, bad
+    return kept, kept_rows, bad
 
 
 async def _enrich(function: Enricher, records: list[Record]) -> list[Record]:
-    result = await function(records)
-    if len(result) != len(records):
-        raise Permanent("enrich must return as many records as it was given, in the same order")
-    return result
+    result: Any = await function(records)  # the user's: may be anything
+    if not isinstance(result, list) or len(result) != len(records):
+        raise Permanent("enrich must return a list of as many records as it was given, in the same order")
+    if not all(isinstance(item, dict) for item in result):
+        raise Permanent("enrich must return records, which are dicts")
+    return list(result)
 
 
 def check_magic(where: str, block: bytes) -> None:

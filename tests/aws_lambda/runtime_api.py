@@ -34,6 +34,17 @@ class FunctionError(Exception):
         self.type = type
 
 
+class _Server(ThreadingHTTPServer):
+    """Closing it waits for the threads of its connections: none is left to run beside the next test."""
+
+    daemon_threads = False
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A process that was killed resets its connection; all else is a fault of this file."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 @dataclass
 class _Call:
     id: str
@@ -70,8 +81,7 @@ class RuntimeApi:
 
             def log_message(self, *_: Any) -> None: ...
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
         self._thread.start()
         self._output = (self._folder / "output.log").open("wb")
@@ -82,7 +92,8 @@ class RuntimeApi:
             stdout=self._output,
             stderr=subprocess.STDOUT,
         )
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._watching = threading.Thread(target=self._watch)
+        self._watching.start()
         return self
 
     def _variables(self) -> dict[str, str]:
@@ -95,7 +106,7 @@ class RuntimeApi:
             "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": "512",
             "AWS_LAMBDA_LOG_GROUP_NAME": "group",
             "AWS_LAMBDA_LOG_STREAM_NAME": "stream",
-            "PYTHONPATH": str(self._folder),
+            "PYTHONPATH": os.pathsep.join([str(self._folder), *filter(None, [os.environ.get("PYTHONPATH")])]),
             **self._environment,
         }
 
@@ -103,7 +114,7 @@ class RuntimeApi:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._process.kill()
-        self._process.wait()
+        self._watching.join()
         self._pending.put(None)
         self._server.shutdown()
         self._server.server_close()

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowlane.aws_lambda.answer import Answer
@@ -34,6 +34,7 @@ def work(event: dict[str, Any], fails: Any, seen: list[str]) -> dict[str, Any]:
     return answer.document()
 
 
+@settings(deadline=None)
 @given(FAILING)
 def test_a_standard_queue_delivers_exactly_the_failed_ones_again(failing: list[bool]) -> None:
     queue = Queue(size=99)
@@ -43,6 +44,7 @@ def test_a_standard_queue_delivers_exactly_the_failed_ones_again(failing: list[b
     assert sorted(again) == sorted(f"m{n}" for n, fails in enumerate(failing) if fails)
 
 
+@settings(deadline=None)
 @given(FAILING, st.integers(1, 4))
 def test_a_fifo_queue_delivers_each_group_again_from_its_first_failure(
     failing: list[bool], groups: int
@@ -55,6 +57,7 @@ def test_a_fifo_queue_delivers_each_group_again_from_its_first_failure(
     assert again == [f"m{n}" for n in expected]
 
 
+@settings(deadline=None)
 @given(FAILING, st.integers(1, 4), st.integers(0, 10**56))
 def test_kinesis_delivers_again_from_the_lowest_failure(failing: list[bool], keys: int, first: int) -> None:
     # Decimal strings of different lengths: as text, "10" comes before "9".
@@ -65,6 +68,7 @@ def test_kinesis_delivers_again_from_the_lowest_failure(failing: list[bool], key
     assert again == [name for name, _, _ in records[lowest:]]
 
 
+@settings(deadline=None)
 @given(st.integers(), st.integers(1, 25), st.integers(1, 4), st.integers(1, 10))
 def test_a_fifo_queue_is_drained_in_order_whatever_fails_for_a_while(
     seed: int, count: int, groups: int, size: int
@@ -86,6 +90,7 @@ def test_a_fifo_queue_is_drained_in_order_whatever_fails_for_a_while(
         assert ordered == [m for m in group if group[m] == name], "order kept, and nothing handled twice"
 
 
+@settings(deadline=None)
 @given(st.integers(), st.integers(1, 25), st.integers(1, 4), st.integers(1, 10))
 def test_a_shard_is_read_to_its_end_in_order_per_key_whatever_fails_for_a_while(
     seed: int, count: int, keys: int, size: int

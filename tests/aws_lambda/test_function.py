@@ -396,12 +396,15 @@ def test_an_event_of_the_lane_is_drained_and_one_that_the_log_does_not_know_is_r
 
 def test_a_run_whose_stage_is_gone_is_not_waited_for(caplog: pytest.LogCaptureFixture) -> None:
     backend = MemoryBackend(SystemClock())
+    clock = PushedClock()
 
     async def cut(event: Event, ctx: Context) -> None:
+        clock.pushed += 60
         raise OSError("not yet")
 
-    with function(toy(cut, policy=Policy(backoff="1h", backoff_cap="1h")), backend=backend) as call:
-        assert failed(call(sqs(order("a")), Remaining(0.2))) == ["m0"]
+    hours = Policy(backoff="9h", backoff_cap="9h")
+    with function(toy(cut, policy=hours), backend=backend, clock=clock) as call:
+        assert failed(call(sqs(order("a")), Remaining(60))) == ["m0"]
     later = toy()
     del later.stages[1:]
     with function(later, backend=backend) as call:

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowlane.aws_lambda.payload import Start, batch, understand, understand_direct
@@ -96,6 +96,7 @@ def test_any_other_cloud_event_triggers_a_run_named_by_source_and_id() -> None:
     )
 
 
+@settings(deadline=None)
 @given(st.text(min_size=1), st.text(min_size=1), st.text(min_size=1), st.text(min_size=1))
 def test_different_events_never_share_a_slot(source: str, name: str, source2: str, name2: str) -> None:
     def slot(source: str, name: str) -> str:
@@ -148,6 +149,7 @@ def test_a_message_that_says_nothing_is_refused_with_its_reason(body: str | byte
     assert len(str(caught.value)) < 300
 
 
+@settings(deadline=None)
 @given(st.binary() | st.text() | JSON.map(msgspec.json.encode))
 def test_no_message_does_anything_but_be_understood_or_refused(body: str | bytes) -> None:
     try:
@@ -156,6 +158,7 @@ def test_no_message_does_anything_but_be_understood_or_refused(body: str | bytes
         return
 
 
+@settings(deadline=None)
 @given(JSON | st.fixed_dictionaries({"Records": st.lists(st.dictionaries(st.text(), JSON) | st.just(SQS))}))
 def test_no_payload_does_anything_but_be_understood_or_refused(payload: Any) -> None:
     try:

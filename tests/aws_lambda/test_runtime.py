@@ -115,6 +115,7 @@ def test_good_and_bad_messages(folder: Path) -> None:
         assert failed(function.invoke(sqs(*mixed, groups="ghhgg"))) == ["m1", "m2", "m3", "m4"]
         assert failed(function.invoke(kinesis(*mixed))) == ["100"]
         assert function.invoke(sqs()) == {"batchItemFailures": []}
+        assert [function.invoke(order(name))["dead"] for name in "abc"] == [[], [], []]
     assert sorted(line[:2] for line in units(folder)) == [["a", 0], ["a", 1], ["b", 0], ["c", 0]]
 
 

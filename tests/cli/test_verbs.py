@@ -41,7 +41,7 @@ def test_run_prints_the_conservation_table_and_each_dead_unit(cli_in: Cli) -> No
         "records  in  + expanded  = out  + skipped  + quarantined  conserved",
         "load      0           0      0          0              0  yes",
         r"dead toy/found/2: two is \x1b[31mbad[/red] and ugly",
-        "failed: 1 units are dead",
+        "failed: 1 unit is dead",
     ]
 
 
@@ -93,7 +93,7 @@ def test_status(ran: Cli, document: Callable[..., Any]) -> None:
     assert result.stdout.splitlines() == [
         "lane toy: 0 open units, 1 dead",
         "run             state   found  settled  dead  bytes out  reason",
-        "toy/run/shop,7  failed      4        4     1          0  1 units are dead",
+        "toy/run/shop,7  failed      4        4     1          0  1 unit is dead",
     ]
     status = document("status", "toy.py")
     assert status["open"] == 0
@@ -273,7 +273,7 @@ def test_a_redriven_unit_that_dies_again_is_exit_1(ran: Cli) -> None:
     assert result.exit_code == 1
     lines = result.stdout.splitlines()
     assert f"drained too: {RUN}: failed, 4 units" in lines
-    assert lines[-1] == f"failed {RUN}: 1 units are dead"
+    assert lines[-1] == f"failed {RUN}: 1 unit is dead"
 
 
 def test_redrive_json_and_nothing_to_redrive(ran: Cli, document: Callable[..., Any]) -> None:

@@ -156,7 +156,7 @@ def serve_archives(hours: int, answer: Connection) -> None:
             for hour in range(hours):
                 moment = datetime.fromisoformat(START) + timedelta(hours=hour)
                 path = f"/{moment:%Y-%m-%d}-{moment.hour}.json.gz"
-                server.serve(path, archive(hour), drip=0.03)  # slow enough to be hit
+                server.serve(path, archive(hour), drip=0.1)  # slow enough to be hit
             answer.send(server.url("").rstrip("/"))
             await asyncio.Event().wait()
 

@@ -1,4 +1,4 @@
-"""A laboratory for one scenario: a world, a memory backend, and processes that are started, killed, restarted."""
+"""A laboratory for one scenario: a world, a memory backend, and processes to start, kill and restart."""
 
 from __future__ import annotations
 
@@ -110,6 +110,7 @@ class Lab:
         faults: Faults | None = None,
     ) -> str:
         """Run `process`, and another one after it, until one ends well; what went wrong, or nothing."""
+        error: BaseException | None = None
         for _ in range(10):
             try:
                 async with asyncio.timeout(PATIENCE):
@@ -123,16 +124,18 @@ class Lab:
             process = self.process(faults)
         return f"no process of ten ended well, the last one with {error!r}"
 
-    async def until_empty(self) -> str:
-        """Wait until no unit is open; what was still open after a long time, or nothing."""
+    async def until_empty(self, part: str = "") -> str:
+        """Wait until no unit with `part` in its name is open; what was open after a long time, or nothing."""
         end = self.loop.time() + PATIENCE
         while True:
-            lanes = self.lanes(self.process())
-            left = [head async for lane in lanes for head in self.memory.units(lane.name, "open")]
+            left = []
+            for lane in self.lanes(self.process()):
+                heads = self.memory.units(lane.name, "open")
+                left += [head.subject async for head in heads if part in head.subject]
             if not left:
                 return ""
             if self.loop.time() > end:
-                return f"open for ever: {[head.subject for head in left]}"
+                return f"open for ever: {left}"
             await asyncio.sleep(1.0)
 
     async def redeliver(self, streams: Callable[[Event], bool]) -> None:
@@ -155,4 +158,7 @@ class Lab:
 
     async def violations(self) -> list[str]:
         """What the oracle says of every lane's log."""
-        return [text for lane in self.lanes(self.process()) for text in await check(self.memory, lane)]
+        found = []
+        for lane in self.lanes(self.process()):
+            found += await check(self.memory, lane)
+        return found

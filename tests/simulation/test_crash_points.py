@@ -34,4 +34,3 @@ def test_a_crash_at_any_call_changes_nothing(mode: str) -> None:
             if texts
         }
     assert not bad, bad
-

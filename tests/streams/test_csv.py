@@ -6,6 +6,7 @@ import csv
 import io
 import zlib
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -31,7 +32,8 @@ def batches(
     chunks: Sequence[int] = (),
 ) -> list[Batch]:
     """All batches of `data`, fed in pieces of the lengths `chunks`, over and over; whole by default."""
-    rows, cutter, found = CsvRows(form, start), Cutter(cut, start), []
+    rows, cutter = CsvRows(form, start), Cutter(cut, start)
+    found: list[Batch] = []
     for piece in pieces(data, chunks):
         for chunk in rows.feed(piece):
             found += cutter.feed(chunk)
@@ -74,7 +76,8 @@ quoting = st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERI
 def written(rows: list[list[str]], how: int, end: str, delimiter: str, quote: str) -> tuple[bytes, CsvFormat]:
     columns = [f"c{n}" for n in range(len(rows[0]) if rows else 1)]
     text = io.StringIO(newline="")
-    writer: Any = csv.writer(text, quoting=how, lineterminator=end, delimiter=delimiter, quotechar=quote)
+    make: Any = csv.writer
+    writer = make(text, quoting=how, lineterminator=end, delimiter=delimiter, quotechar=quote)
     writer.writerow(columns)
     writer.writerows(rows)
     form = CsvFormat(delimiter=delimiter, quote=quote, null=None)
@@ -152,7 +155,7 @@ def test_batches_are_cut_the_same_from_every_batch_on(
     for number, batch in enumerate(whole):
         assert batch.end.crc == zlib.crc32(data[: batch.end.offset])
         assert batches(data, form, cut, batch.end, chunks) == whole[number + 1 :]
-    for before, after in zip(whole, whole[1:], strict=False):
+    for before, after in pairwise(whole):
         assert before.end == after.start
     for batch in whole[:-1]:
         count, span = batch.end.row - batch.start.row, batch.end.offset - batch.start.offset
@@ -212,6 +215,20 @@ def test_a_quote_that_is_left_open_costs_one_line() -> None:
         assert isinstance(found[0], Bad)
         assert "is a quote left open" in found[0].reason
         assert found[1:3] == [{"a": "3", "b": "4"}, {"a": "5", "b": "6"}]
+
+
+@pytest.mark.parametrize("chunks", [[], [1], [7]])
+def test_no_row_goes_on_through_a_line_that_is_too_long(chunks: list[int]) -> None:
+    data = b'a\n"x\n2\n' + b"y" * 50 + b'\n"3"\n'
+    found = batches(data, CsvFormat(max_row=20), Cut(1), chunks=chunks)
+    assert [item if isinstance(item, dict) else item.raw for item in items(found)] == [
+        '"x\n',
+        {"a": "2"},
+        "y" * 50 + "\n",
+        {"a": "3"},
+    ]
+    assert [batch.end.offset for batch in found] == [5, 7, 58, 62]
+    assert all(batch.end.crc == zlib.crc32(data[: batch.end.offset]) for batch in found)
 
 
 def test_a_line_that_is_too_long_is_bad_and_not_held() -> None:
@@ -323,5 +340,5 @@ def test_what_is_passed_over_is_checked() -> None:
     ],
 )
 def test_dialects_that_contradict_themselves(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="CSV|column"):
+    with pytest.raises(ConfigError, match=r"CSV|column"):
         CsvFormat(**options)

@@ -24,7 +24,8 @@ def batches(
     chunks: Sequence[int] = (),
     limit: int = 1 << 20,
 ) -> list[Batch]:
-    rows, cutter, found = JsonRows(start, max_row=limit), Cutter(cut, start), []
+    rows, cutter = JsonRows(start, max_row=limit), Cutter(cut, start)
+    found: list[Batch] = []
     at = turn = 0
     while at < len(data):
         size = chunks[turn % len(chunks)] if chunks else len(data)

@@ -29,7 +29,7 @@ from flowlane.backends.common import (
     sealed,
 )
 from flowlane.clock import Clock
-from flowlane.errors import ConfigError, VersionConflict
+from flowlane.errors import ConfigError, VersionConflict, redact
 from flowlane.events import Event
 from flowlane.ports import (
     Append,
@@ -99,6 +99,29 @@ class _Queue:
             self.ready.append((event, attempt))
 
 
+class _Lane:
+    """One lane's events in the order of their commits, and the streams that are in each index."""
+
+    __slots__ = ("dead", "history", "open")
+
+    def __init__(self) -> None:
+        self.history: list[Event] = []
+        self.open: dict[str, None] = {}
+        self.dead: dict[str, None] = {}
+
+
+def _sealed(commit: Commit) -> Commit:
+    """`commit` with its events as the log holds them; itself, mostly."""
+    for append in commit.appends:
+        for event in append.events:
+            if sealed(event) is not event:
+                appends = [
+                    Append(a.stream, a.expected, [sealed(e) for e in a.events]) for a in commit.appends
+                ]
+                return msgspec.structs.replace(commit, appends=appends)
+    return commit
+
+
 class _Round:
     """One (run, round): its counters, and how many of its units have no terminal event yet."""
 
@@ -138,8 +161,7 @@ class MemoryBackend:
         self._clock = clock
         self._order = count()  # breaks ties in heaps, so that events are never compared
         self._streams: dict[str, Sequence[Event]] = {}  # see _SHORT
-        self._lanes: dict[str, list[Event]] = {}
-        self._index: dict[Index, dict[str, dict[str, None]]] = {"open": {}, "dead": {}}
+        self._lanes: dict[str, _Lane] = {}
         self._rounds: dict[tuple[str, int], _Round] = {}
         self._queues: dict[str, _Queue] = {}
         self._queued: dict[str, int] = {}  # stream -> its entries in all queues, waiting or leased
@@ -153,25 +175,26 @@ class MemoryBackend:
 
     async def commit(self, work: Sequence[Commit]) -> Sequence[Committed | VersionConflict]:
         check(work)
-        sealed_events = [[sealed(e) for a in commit.appends for e in a.events] for commit in work]
+        checked = [_sealed(commit) for commit in work]
         self._expire()
-        return [self._apply(commit, events) for commit, events in zip(work, sealed_events, strict=True)]
+        return [self._apply(commit) for commit in checked]
 
-    def _apply(self, commit: Commit, events: list[Event]) -> Committed | VersionConflict:
+    def _apply(self, commit: Commit) -> Committed | VersionConflict:
         if heads := self._conflicts(commit.appends):
             return VersionConflict(heads)
-        for event in events:
-            self._append(event)
+        for append in commit.appends:
+            for event in append.events:
+                self._append(event)
         if commit.ack is not None:
             # Before the publishing: a reminder of the unit whose delivery this is must not find it queued.
             assert isinstance(commit.ack, _Delivery), "a delivery of another backend"
             self._ack(commit.ack)
         for publish in commit.publish:
-            name = publish.event.subject
-            queued = self._queued.get(name, 0)
+            event = publish.event
+            queued = self._queued.get(event.subject, 0)
             if not (publish.repeat and queued):
-                self._queued[name] = queued + 1
-                self._put(publish.event, publish.stage, 0, publish.delay)
+                self._queued[event.subject] = queued + 1
+                self._put(event, publish.stage, 0, publish.delay)
         return self._count(commit.tally) if commit.tally else _DONE
 
     def _conflicts(self, appends: Sequence[Append]) -> dict[str, int] | None:
@@ -185,7 +208,7 @@ class MemoryBackend:
         return heads
 
     def _append(self, event: Event) -> None:
-        name, lane = event.subject, event.source
+        name = event.subject
         stream = self._streams.get(name)
         if stream is None:
             self._streams[name] = (event,)
@@ -193,20 +216,19 @@ class MemoryBackend:
             stream.append(event)
         else:
             self._streams[name] = (*stream, event) if len(stream) < _SHORT else [*stream, event]
-        history = self._lanes.get(lane)
-        if history is None:
-            history = self._lanes[lane] = []
-            for streams in self._index.values():
-                streams[lane] = {}
-        history.append(event)
+        lane = self._lanes.get(event.source)
+        if lane is None:
+            lane = self._lanes[event.source] = _Lane()
+        lane.history.append(event)
         now = state.index(event)
-        if now is not None:
-            self._index[now][lane][name] = None
-        if event.version > 1:
-            if now != "open":
-                self._index["open"][lane].pop(name, None)
-            if now != "dead":
-                self._index["dead"][lane].pop(name, None)
+        if now == "open":
+            lane.open[name] = None
+        else:
+            lane.open.pop(name, None)
+        if now == "dead":
+            lane.dead[name] = None
+        elif lane.dead:
+            lane.dead.pop(name, None)
 
     def _count(self, tallies: Sequence[Tally]) -> Committed:
         ended = False
@@ -235,12 +257,14 @@ class MemoryBackend:
             yield event
 
     async def scan(self, lane: str, *, run: str | None = None) -> AsyncIterator[Event]:
-        async for event in _follow(self._lanes.get(lane, ()), 0):
+        found = self._lanes.get(lane)
+        async for event in _follow(found.history if found else (), 0):
             if run is None or event.run == run:
                 yield event
 
     async def units(self, lane: str, index: Index) -> AsyncIterator[Event]:
-        streams = self._index[index].get(lane, {})
+        found = self._lanes.get(lane, _Lane())
+        streams = found.open if index == "open" else found.dead
         for n, name in enumerate(list(streams), 1):
             if name in streams:  # it may have left meanwhile
                 yield self._streams[name][-1]
@@ -467,5 +491,5 @@ async def open_backend(uri: str, environment: Environment) -> AsyncIterator[Memo
     """
     parts = urlsplit(uri)
     if parts.scheme != "memory" or parts.netloc or parts.path.strip("/"):
-        raise ConfigError(f"{uri}: a memory backend has no name or path, write memory://")
+        raise ConfigError(f"{redact(uri)}: a memory backend has no name or path, write memory://")
     yield MemoryBackend(environment.clock)

@@ -79,13 +79,15 @@ class Session:
                 "out of the lane file"
             ) from None
 
-    def perform(self, work: Callable[[], Coroutine[Any, Any, Answer | None]]) -> int:
-        """Run a verb to its end, say its answer, and return its exit code.
+    def perform(self, work: Callable[[], Coroutine[Any, Any, Answer | None]], *, level: str = "error") -> int:
+        """Run a verb to its end, say its answer, and return its exit code. What is logged meanwhile is said
+        from `level` on, where the environment sets none: most verbs tell it all in their answer.
 
         `work` loads what it needs before it makes the coroutine: lane files are imported outside the loop.
         """
+        chosen = self.settings.log_level if os.environ.get("FLOWLANE_LOG_LEVEL") else level
         with (
-            logging_to_stderr(self.settings.log_level, as_json=self.json, debug=self.debug),
+            logging_to_stderr(chosen, as_json=self.json, debug=self.debug),
             redirect_stdout(sys.stderr if self.json else sys.stdout),
         ):
             answer = asyncio.run(work())

@@ -72,7 +72,8 @@ def verb(function: Callable[..., Work]) -> click.Command:
         session: Session, /, as_json: bool, backend: str | None, debug: bool, **arguments: Any
     ) -> int:
         session.configure(backend=backend, as_json=as_json, debug=debug)
-        return session.perform(lambda: function(session, **arguments))
+        level = "warning" if function.__name__ == "worker" else "error"
+        return session.perform(lambda: function(session, **arguments), level=level)
 
     return cli.command(function.__name__)(command)
 

@@ -1,7 +1,7 @@
 """Records out of any store's objects: body -> decoded bytes -> rows -> batches, a slice at a time.
 
-Inflating and parsing are one pipeline of generators, which a thread pulls until it has a batch, used up its
-block or decoded ``_SLICE`` pieces: one hop for all of that, and never more than a batch and a block in memory.
+Inflating and parsing are one pipeline of generators, which a thread pulls until it has a batch, has used up
+its block or has decoded ``_SLICE`` pieces: one hop for all of that. No more than a batch is ever in memory.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Records into any store: one object for each split, one gzip member or zstd frame for each batch.
 
 An object appears whole or not at all, under a name that is the same on every attempt. An unfinished one is
-resumed at the end of a batch, and what is needed for that is one string, ``ObjectWriter.resume``, to be logged
-with the position of the batch.
+resumed at the end of a batch; all that takes is one string, ``ObjectWriter.resume``, logged with the position
+of the batch. It also tells what the object decodes to up to there, so that one which an earlier attempt had
+finished, and died before it could say so, is known again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import msgspec
 
 from flowlane.clock import Clock
 from flowlane.connectors.hop import hop
-from flowlane.errors import Fenced, Incomplete, Permanent, redact
+from flowlane.errors import Damaged, Fenced, Incomplete, Permanent, redact
 from flowlane.ports import Bad, Batch, Record, Split, Store, UnitRef, Upload
 from flowlane.state import Position
 from flowlane.streams.dialect import CsvFormat
@@ -47,7 +48,7 @@ _resume: Final = msgspec.json.Decoder(Resume)
 
 
 class StoreSink:
-    """See ``ports.Sink``: objects below the folder `base`."""
+    """See ``ports.Sink``: objects below the folder `base`, or the one object `base`."""
 
     def __init__(
         self,
@@ -66,7 +67,9 @@ class StoreSink:
         self._schema = schema
 
     def url(self, split: Split, unit: UnitRef) -> str:
-        """The object that `unit` writes of `split`: readable, and no other unit's or split's."""
+        """The object that `unit` writes of `split`: in a folder, readable, and no other unit's or split's."""
+        if not self._base.endswith("/"):
+            return self._base
         stem = _UNSAFE.sub("-", stem_of(split.url))[:80].strip(".-") or "rows"
         digest = blake2b(f"{unit.stream}\0{split.id}".encode(), digest_size=8).hexdigest()
         return f"{self._base}{stem}-{digest}.{self._kind}"
@@ -99,18 +102,19 @@ class ObjectWriter:
         self._upload: Upload | None = None
         self._state = Resume("")
         self._end: Position | None = None
-        self._writing = False
+        self._stands: tuple[int, int] | None = None  # what the finished object decodes to, if there is one
+        self._writing = self._fenced = False
         self._done = False
 
     @property
     def position(self) -> Position | None:
-        """Where the object stands: at the beginning if what `resume` named is gone, so that the whole split is
-        to be written again; ``None`` while there is no object, and only the log knows."""
+        """Where the object stands: at the beginning if what `resume` named is gone, so that all of the split
+        has to be written again; ``None`` while there is no object, and only the log knows."""
         return self._end
 
     @property
     def resume(self) -> str:
-        """What the next attempt has to give to ``open`` if this one ends here."""
+        """See ``Writer.resume``."""
         return msgspec.json.encode(self._state).decode() if self._state.upload else ""
 
     async def begin(self, stack: AsyncExitStack, owner: str, resume: str) -> None:
@@ -125,6 +129,11 @@ class ObjectWriter:
         upload = await self._open(state.upload, state.size)
         if upload.position == state.size:
             self._state, self._end = msgspec.structs.replace(state, upload=upload.id), state.end
+            return
+        self._stands = await self._content(state.raw, state.crc)
+        if self._stands is not None:
+            await upload.abort()
+            self._state, self._end = state, state.end
         else:
             self._state, self._end = Resume(upload.id), Position()
 
@@ -132,22 +141,25 @@ class ObjectWriter:
         """See ``Writer.write``. Records that cannot be written as ``format`` has it are returned.
 
         Raises:
-            Incomplete: what the batch follows is gone (see ``position``), or a write failed midway.
-            Permanent: the schema is frozen, and a record has another column.
+            Fenced: another attempt has taken the unfinished object over.
+            Incomplete: a write failed midway: only another attempt can tell how far it went.
+            Permanent: what the batch follows is gone (see ``position``); or the schema is frozen, and a
+                record has another column.
         """
         if self._end is not None:
             if batch.end.row <= self._end.row and batch.end.offset <= self._end.offset:
                 return []
             if batch.start != self._end:
-                raise Incomplete(
-                    f"{redact(self._url)}: unfinished object gone: write the split from its beginning"
-                )
-        if self._writing:
-            raise Incomplete(f"{redact(self._url)}: a write failed midway: resume in another attempt")
+                raise self._gone()
+        self._check()
         self._writing = True
         refused: list[tuple[int, str]] = []
         if batch.records:
-            await self._write(batch.records, refused)
+            try:
+                await self._write(batch.records, refused)
+            except Fenced:
+                self._fenced = True
+                raise
         if self._upload is not None:
             self._state = msgspec.structs.replace(self._state, end=batch.end)
             self._end = batch.end
@@ -161,15 +173,18 @@ class ObjectWriter:
         """See ``Writer.finish``.
 
         Raises:
-            Fenced: an object with another content stands there.
+            Fenced: another attempt has taken the unfinished object over.
+            Permanent: an object with another content stands there; or what was written before is gone.
         """
-        if self._done or self._upload is None or not self._state.size:
+        self._check()
+        if self._done or self._upload is None:
             return
-        try:
-            await self._upload.commit()
-        except Fenced:
-            if not await self._stands():
-                raise
+        if self._stands is not None:
+            self._compare(self._stands)
+        elif self._end == Position():
+            raise self._gone()
+        elif self._state.size:
+            await self._commit()
         self._done = True
 
     # ------------------------------------------------------------------ inside
@@ -188,14 +203,16 @@ class ObjectWriter:
         packing = _Packing(self._kind, self._encoder(columns), self._state)
         found = packing.pieces(records, refused, self._header(columns) if first else b"")
         while isinstance(piece := await hop(self._clock, next, found, _END), bytes):
-            await upload.write(piece)
+            if self._stands is None:
+                await upload.write(piece)
         if self._schema == "freeze" and refused:
             raise Permanent(f"{redact(self._url)}: {refused[0][1]}")
         if packing.size:
-            size = await upload.flush()
-            if size != self._state.size + packing.size:
-                raise Incomplete(f"{redact(self._url)}: {size:,} bytes are safe, less than was written")
-            self._state = Resume(upload.id, size, Position(), packing.raw, packing.crc, columns)
+            size = self._state.size + packing.size
+            if self._stands is None and await upload.flush() != size:
+                raise Incomplete(f"{redact(self._url)}: not all that was written is safe")
+            upload_id = self._state.upload if self._stands else upload.id
+            self._state = Resume(upload_id, size, Position(), packing.raw, packing.crc, columns)
 
     def _columns(self, records: Sequence[Record]) -> list[str] | None:
         if self._kind.rows == "jsonl" and self._schema == "evolve":
@@ -215,22 +232,66 @@ class ObjectWriter:
             return b""
         return CsvLines(self._form, columns or []).header()
 
-    async def _stands(self) -> bool:
-        """Whether the object there holds the same rows: an earlier attempt got through, and packed them in
-        another way (another release of zlib or zstd, say)."""
-        size = crc = 0
-        unpacking = decoder(f".{self._kind.packing}")
+    def _check(self) -> None:
+        if self._writing:
+            error = Fenced if self._fenced else Incomplete
+            raise error(f"{redact(self._url)}: a write failed midway: resume in another attempt")
 
-        def follow(block: bytes) -> tuple[int, int]:
-            total, running = size, crc
-            for piece in unpacking.feed(block):
-                total, running = total + len(piece), zlib.crc32(piece, running)
-            return total, running
+    def _gone(self) -> Permanent:
+        return Permanent(
+            f"{redact(self._url)}: the unfinished object is gone, and what was written to it: "
+            "write the split from its beginning"
+        )
 
-        async with self._store.read(self._url) as body:
-            async for block in body:
-                size, crc = await hop(self._clock, follow, block)
-        return (size, crc) == (self._state.raw, self._state.crc)
+    async def _commit(self) -> None:
+        assert self._upload is not None
+        try:
+            await self._upload.commit()
+        except Fenced:
+            there = await self._content(0, 0)
+            if there is None:
+                raise
+            # An earlier attempt got through; another release of zlib may have packed the same rows otherwise.
+            self._compare(there)
+
+    def _compare(self, there: tuple[int, int]) -> None:
+        if there != (self._state.raw, self._state.crc):
+            raise Permanent(
+                f"{redact(self._url)} exists already, with another content: remove it, or write elsewhere"
+            )
+
+    async def _content(self, raw: int, crc: int) -> tuple[int, int] | None:
+        """Bytes and CRC-32 of what the object there decodes to; ``None`` if there is none, or if its first
+        `raw` bytes do not have the CRC-32 `crc`."""
+        if await self._store.head(self._url) is None:
+            return None
+        digest = _Digest(self._kind, raw, crc)
+        try:
+            async with self._store.read(self._url) as body:
+                async for block in body:
+                    await hop(self._clock, digest.feed, block)
+        except Damaged:
+            return None
+        return (digest.size, digest.crc) if digest.begins else None
+
+
+class _Digest:
+    """What an object decodes to, in two numbers."""
+
+    def __init__(self, kind: Kind, raw: int, crc: int) -> None:
+        self._decoder = decoder(f".{kind.packing}")
+        self._raw, self._expected = raw, crc
+        self.size = self.crc = 0
+        self.begins = not raw  #: with the `raw` bytes expected
+
+    def feed(self, block: bytes) -> None:
+        """Follow the object through `block`."""
+        for piece in self._decoder.feed(block):
+            left = self._raw - self.size
+            if 0 < left <= len(piece):
+                self.begins = zlib.crc32(piece[:left], self.crc) == self._expected
+            self.crc = zlib.crc32(piece, self.crc)
+            self.size += len(piece)
 
 
 class _Packing:

@@ -23,6 +23,8 @@ from flowlane.status import LogView
 
 #: Periods asked for at once.
 PROBES = 16
+#: Periods whose landing places are compared when a lane is declared: more than a month of hours.
+_LOOK_AHEAD = 800
 
 
 class Archive(Unit, key=("period",), type="hour"):
@@ -143,7 +145,8 @@ class _Plan:
         self, url: str, start: datetime, until: datetime | None, step: str, to: str, max_gap: str
     ) -> None:
         self._url = url
-        self._to = to if to.endswith("/") else to + "/"
+        folder, mark, options = to.partition("?")
+        self._to = (folder if folder.endswith("/") else folder + "/", mark + options)
         self.start = start
         self.until = until
         self.step = timedelta(seconds=duration(step))
@@ -158,10 +161,14 @@ class _Plan:
             raise ConfigError(
                 f"url={url!r} is the same for every period: put the time in, as in {{t:%Y-%m-%d}}-{{t.hour}}"
             )
-        if self.target(start) == self.target(start + self.step):
-            raise ConfigError(
-                f"url={url!r} ends in the same name for every period, all would land in {self.target(start)}"
-            )
+        known: set[str] = set()
+        for period in (start + n * self.step for n in range(_LOOK_AHEAD)):
+            if until is not None and period >= until:
+                break
+            target = self.target(period)
+            if target in known:
+                raise ConfigError(f"url={url!r}: archives of different periods would land in {target}")
+            known.add(target)
 
     def url(self, period: datetime) -> str:
         """The URL of the period's archive."""
@@ -172,7 +179,8 @@ class _Plan:
         name = urlsplit(self.url(period)).path.rpartition("/")[2]
         if not name:
             raise ConfigError(f"url={self._url!r} ends in no file name: nothing to call the landed file")
-        return self._format("to", self._to, period) + name
+        folder, options = self._to
+        return self._format("to", folder, period) + name + options
 
     def last(self, now: datetime) -> datetime:
         """The first period that is not over yet at `now` (or is not wanted)."""
@@ -206,7 +214,7 @@ class _Search:
         self._etags = {} if mark is None else dict(mark.etags)
         self._heard = "" if mark is None else mark.heard
         self._answers = 0
-        self._silent: list[Retryable] = []
+        self._silent: list[Retryable | Permanent] = []
         self.changed = False
 
     async def chunks(self) -> AsyncIterator[list[datetime]]:
@@ -239,12 +247,10 @@ class _Search:
 
     def _note(self, period: datetime, answer: ObjectInfo | Retryable | Permanent | None) -> ObjectInfo | None:
         text = _text(period)
-        if isinstance(answer, Permanent):
-            raise answer
         if period >= self._next:
             self._next = period + self._plan.step
             self.changed = True
-        if isinstance(answer, Retryable):
+        if isinstance(answer, Retryable | Permanent):
             self._silent.append(answer)
             self._wait(text, str(answer))
             return None
@@ -314,12 +320,15 @@ class _Search:
         """Raises:
         Retryable: the server did not answer for some periods and the policy allows to ask again; or it
             answered for none at all.
+        Permanent: it refuses to answer, for all of them.
         """
-        if not self._silent:
-            return
-        if self._ctx.attempts_left or self._heard != self._ctx.run:
-            first = self._silent[0]
-            raise Retryable(f"no answer for {len(self._silent)} periods: {first}", delay=first.delay)
+        passing = [error for error in self._silent if isinstance(error, Retryable)]
+        heard = self._heard == self._ctx.run or self._answers > 0
+        if passing and (self._ctx.attempts_left or not heard):
+            first = passing[0]
+            raise Retryable(f"no answer for {len(passing)} periods: {first}", delay=first.delay)
+        if self._silent and not heard:
+            raise self._silent[0]
 
 
 async def _resolve(headers: Mapping[str, str] | None, ctx: Context) -> dict[str, str] | None:

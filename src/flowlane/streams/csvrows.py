@@ -185,7 +185,7 @@ class CsvRows:
             data = bytes(self._open)
             self._open.clear()
         elif data:
-            chunk = self._at_once(data)
+            chunk = self._at_once(data) if data.strip(b"\r\n") else Chunk(data, [])
         if chunk is None and data:
             chunk, used = self._one_by_one(data, last)
             self._open += data[used:]

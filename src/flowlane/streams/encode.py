@@ -1,5 +1,7 @@
-"""Records as bytes: JSON Lines or CSV, packed into gzip members or zstd frames. No I/O; the same bytes for the
-same records every time."""
+"""Records as bytes: JSON Lines or CSV, packed into gzip members or zstd frames.
+
+No I/O; the same bytes for the same records every time.
+"""
 
 from __future__ import annotations
 
@@ -69,8 +71,8 @@ class JsonLines:
 
 
 class CsvLines:
-    """CSV under a header: text in quotes, numbers and null tokens without, so that they can be told apart when
-    it is read (see ``CsvFormat.null``). Lines end with CRLF (RFC 4180, section 2)."""
+    """CSV under a header: text in quotes, numbers and null tokens without, so that an empty text and nothing
+    can be told apart (see ``CsvFormat``). Lines end with CRLF (RFC 4180, section 2)."""
 
     def __init__(self, form: CsvFormat, columns: Sequence[str]) -> None:
         self._form = form
@@ -147,8 +149,8 @@ class _Plain:
 
 
 class _Deflate:
-    """One gzip member (RFC 1952): without name, and with the time 0, which stands for none. By zlib and not by
-    isal, so that the bytes do not depend on what happens to be installed."""
+    """One gzip member (RFC 1952): without name, and with the time 0, which stands for none. By zlib and not
+    by isal, so that the bytes do not depend on what happens to be installed."""
 
     def __init__(self) -> None:
         self._packing = zlib.compressobj(6, zlib.DEFLATED, 31)

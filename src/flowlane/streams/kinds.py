@@ -31,7 +31,7 @@ def kind_of(url: str, given: str = "") -> Kind:
     Raises:
         ConfigError: neither says one.
     """
-    name = given if given else urlsplit(url).path.rpartition("/")[2] if "://" in url else url
+    name = given or (urlsplit(url).path.rpartition("/")[2] if "://" in url else url)
     kind = parse_kind("." + name.lower() if given else name.lower())
     if kind is None:
         what = f"format={given!r}" if given else f"the name of {redact(url)}"

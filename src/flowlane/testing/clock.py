@@ -62,7 +62,7 @@ class Fate:
             task._log_destroy_pending = False  # type: ignore[attr-defined]  # what else tells asyncio that it is meant
             with suppress(BaseException):
                 while True:  # each time it awaits something else on its way out
-                    task.get_coro().throw(SimulatedDeath(self.name))  # type: ignore[union-attr]  # None: never begun
+                    task.get_coro().throw(SimulatedDeath(self.name))
         self.tasks.clear()
         self.parked.clear()
 
@@ -108,7 +108,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._made = 0
         self._digest = hashlib.blake2b(digest_size=16)
         self._fates: dict[int, Fate | None] = {}
-        self.set_task_factory(self._make_task)  # type: ignore[arg-type]  # the protocol wants every task's type
+        self.set_task_factory(self._make_task)
         self.set_exception_handler(lambda loop, context: self._complain(context))
 
     def trace(self, what: str) -> None:
@@ -126,11 +126,11 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """Virtual seconds since the loop was made."""
         return self._virtual
 
-    def call_at(
+    def call_at(  # type: ignore[override]  # which arguments fit is asyncio's to say
         self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> asyncio.TimerHandle:
         """As in asyncio; timers for the same moment go off in an order of the seed's."""
-        return super().call_at(when + self.rng.random() * 1e-6, callback, *args, context=context)  # type: ignore[arg-type]  # typeshed wants TypeVarTuple
+        return super().call_at(when + self.rng.random() * 1e-6, callback, *args, context=context)
 
     def create_future(self) -> asyncio.Future[Any]:
         """As in asyncio."""
@@ -156,7 +156,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def _complain(self, context: dict[str, Any]) -> None:
         self.complaints.append(f"{context.get('message')}: {context.get('exception')!r}")
 
-    def run_in_executor(self, *_: Any) -> Any:
+    def run_in_executor(self, *_: Any) -> Any:  # type: ignore[override]  # it is never run
         """Refused: threads know no virtual time."""
         raise RuntimeError("there are no threads in virtual time: use clock.offload")
 

@@ -150,6 +150,7 @@ class Process:
         self._world = world
         self._latency = latency
         self._main: asyncio.Task[None] | None = None
+        self._spawned: list[asyncio.Task[None]] = []
 
     # ------------------------------------------------------------------ life and death
 
@@ -170,7 +171,7 @@ class Process:
         """Let it do `work` besides; nobody waits for it."""
         context = copy_context()
         context.run(FATE.set, self.fate)
-        self.loop.create_task(work, context=context)
+        self._spawned.append(self.loop.create_task(work, context=context))
 
     def _done(self, main: asyncio.Task[None]) -> None:
         if not self.ended.done():

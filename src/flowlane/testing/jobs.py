@@ -186,8 +186,8 @@ class Orders(Unit, key=("url",), type="orders"):
 
 
 class Tables:
-    """A lane of one's own: drops of records in several splits, mapped (kept, skipped, expanded, bad, refused),
-    loaded into one table, and people told of it by a step."""
+    """A lane of one's own: drops of records in several splits, mapped (kept, skipped, expanded, bad), loaded
+    into one table, which refuses some; and people are told of it by a step."""
 
     name = "orders"
     drops = 6
@@ -243,7 +243,9 @@ class Tables:
         found = []
         table = world.tables.tables.get("table://orders")
         rows = table.rows if table else []
-        wanted = [out for splits in self.splits.values() for split in splits for r in split for out in good(r)]
+        wanted = [
+            out for splits in self.splits.values() for split in splits for r in split for out in good(r)
+        ]
         for drop, split in sorted({(r["drop"], r["split"]) for r in wanted}):
             mine = [r for r in wanted if (r["drop"], r["split"]) == (drop, split)]
             got = [r for r in rows if (r["drop"], r["split"]) == (drop, split)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import msgspec
 
@@ -99,7 +100,7 @@ def check_ends(log: Log) -> list[str]:
         now = progress(stream[-1])
         done = [
             sorted({*progress(event).completed} - {*progress(before).completed})
-            for before, event in zip(stream, stream[1:], strict=False)
+            for before, event in pairwise(stream)
             if event.type == events.RUN_COMPLETED
         ]
         if sorted(done) != [[number] for number in range(now.opened + 1)]:
@@ -158,12 +159,12 @@ async def check_tallies(backend: Backend, log: Log) -> list[str]:
                 kept = tally.stages.get(stage, StageTally())
                 true = recount.get((run, number, stage), StageTally())
                 total.add(kept.counts)
-                for name in _COUNTERS:
-                    if getattr(kept, name) != getattr(true, name):
-                        found.append(
-                            f"{run}, round {number}, stage {stage}: {name} is {getattr(kept, name)} "
-                            f"in the tally and {getattr(true, name)} in the log"
-                        )
+                found += [
+                    f"{run}, round {number}, stage {stage}: {name} is {getattr(kept, name)} "
+                    f"in the tally and {getattr(true, name)} in the log"
+                    for name in _COUNTERS
+                    if getattr(kept, name) != getattr(true, name)
+                ]
         units = [s for s in log.units().values() if s[0].run == run and s[0].stage in counted]
         true_counts = _sum(progress(stream[-1]).counts for stream in units if stream[0].subject != run)
         if total != true_counts:

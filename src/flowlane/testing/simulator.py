@@ -20,7 +20,6 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -113,6 +112,7 @@ class Simulation:
         self.processes: dict[str, Process] = {}
         self.apps: dict[str, tuple[Application, asyncio.Event, Deadline]] = {}
         self.violations: list[str] = []
+        self.pauses: list[asyncio.Task[None]] = []
 
     # ------------------------------------------------------------------ processes
 
@@ -189,7 +189,7 @@ class Simulation:
         if kind == "crash anywhere":
             process.fate.fuse = self.rng.randrange(1, 300)
         elif kind == "pause" and not process.fate.frozen:
-            self.loop.create_task(process.freeze(self.rng.uniform(7.0, 40.0)))
+            self.pauses.append(self.loop.create_task(process.freeze(self.rng.uniform(7.0, 40.0))))
         elif kind == "purge":
             await self.backend.purge()
         elif kind == "sigterm":
@@ -301,7 +301,9 @@ def _report(violations: Sequence[str], logs: Sequence[Log]) -> str:
     named = sorted(
         {name for log in logs for name in log.streams for text in violations if name in text}, key=len
     )
-    return "\n".join(f"{name}\n{describe(log, name)}" for log in logs for name in named if name in log.streams)
+    return "\n".join(
+        f"{name}\n{describe(log, name)}" for log in logs for name in named if name in log.streams
+    )
 
 
 def again(seed: int) -> str:
@@ -317,8 +319,8 @@ class Tally(msgspec.Struct):
     deliveries: int = 0
     hours: float = 0.0  #: virtual ones
     seconds: float = 0.0  #: real ones
-    fired: Counter[str] = msgspec.field(default_factory=Counter)
-    reached: Counter[str] = msgspec.field(default_factory=Counter)
+    fired: dict[str, int] = msgspec.field(default_factory=dict)
+    reached: dict[str, int] = msgspec.field(default_factory=dict)
 
     def add(self, outcome: Outcome) -> None:
         """Count one seed in."""
@@ -327,16 +329,16 @@ class Tally(msgspec.Struct):
             self.bad[outcome.seed] = outcome.violations
         self.deliveries += outcome.deliveries
         self.hours += outcome.seconds / 3600
-        self.fired += outcome.fired
-        self.reached += outcome.reached
+        self.fired = dict(Counter(self.fired) + outcome.fired)
+        self.reached = dict(Counter(self.reached) + outcome.reached)
 
     @property
     def never(self) -> list[str]:
         """The kinds of faults that never fired."""
-        return [kind for kind in KINDS if not self.fired[kind]]
+        return [kind for kind in KINDS if kind not in self.fired]
 
     def __str__(self) -> str:
-        fired = ", ".join(f"{kind} {self.fired[kind]:,}" for kind in KINDS)
+        fired = ", ".join(f"{kind} {self.fired.get(kind, 0):,}" for kind in KINDS)
         pace = max(self.seconds, 1e-9)
         return (
             f"{self.seeds} seeds, {len(self.bad)} with violations; {self.deliveries:,} deliveries, "

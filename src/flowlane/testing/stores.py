@@ -14,11 +14,11 @@ so that lanes run on them unchanged::
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from contextvars import ContextVar
-from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 import msgspec
@@ -90,8 +90,9 @@ class Lake:
 
     async def list(self, url: str) -> AsyncGenerator[ObjectInfo]:
         """See ``Store.list``."""
+        wanted = _pattern(url)
         for found in sorted(self.objects):
-            if fnmatchcase(found, url) or (url.endswith("/") and found.startswith(url)):
+            if wanted.fullmatch(found):
                 yield _describe(found, self.objects[found])
 
     @asynccontextmanager
@@ -297,6 +298,16 @@ class Web:
 
 def _describe(url: str, data: bytes) -> ObjectInfo:
     return ObjectInfo(url=url, size=len(data), etag=f'"{hashlib.blake2b(data, digest_size=8).hexdigest()}"')
+
+
+def _pattern(url: str) -> re.Pattern[str]:
+    scheme, _, path = url.partition("://")
+    glob = {"**/": "(?:[^/]+/)*", "**": ".+", "*": "[^/]*", "?": "[^/]"}
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^]/]*\])", path + "**" if path.endswith("/") else path)
+    return re.compile(
+        re.escape(scheme + "://")
+        + "".join(glob.get(part) or (part if part[:1] == "[" else re.escape(part)) for part in parts)
+    )
 
 
 class Ports(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -80,7 +81,11 @@ class RecordSource:
 
     async def read(self, split: Split, position: Position, cut: Cut) -> AsyncGenerator[Batch]:
         """See ``Source.read``."""
-        at = position.row
+        at, crc = position.row, 0
+        if position.row:
+            crc = _crc(self._records()[int(split.id)][:at], 0)
+            if crc != position.crc:
+                raise Superseded(f"{self._uri}: the first {at} records are not those read before")
         while True:
             splits = self._records()
             records = splits[int(split.id)] if int(split.id) < len(splits) else []
@@ -89,13 +94,15 @@ class RecordSource:
             if at >= len(records):
                 return
             end = min(len(records), at + cut.rows)
+            following = Position(10 * end, end, _crc(records[at:end], crc))
             yield Batch(
                 records=[dict(record) for record in records[at:end]],
-                start=Position(10 * at, at),
-                end=Position(10 * end, end),
+                start=Position(10 * at, at, crc),
+                end=following,
                 bad=[],
                 size=10 * (end - at),
             )
+            crc = following.crc
             at = end
 
 
@@ -154,6 +161,12 @@ class TableWriter:
 
     async def finish(self) -> None:
         """Nothing is left to do: every batch is visible."""
+
+
+def _crc(records: Sequence[Record], before: int) -> int:
+    for record in records:
+        before = zlib.crc32(msgspec.json.encode(record), before)
+    return before
 
 
 def etag_of(records: Sequence[dict[str, Any]]) -> str:

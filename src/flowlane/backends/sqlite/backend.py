@@ -19,7 +19,7 @@ from flowlane.backends.sqlite.reader import Reader
 from flowlane.backends.sqlite.schema import Settings
 from flowlane.backends.sqlite.writer import Writer
 from flowlane.clock import Clock
-from flowlane.errors import ConfigError, VersionConflict
+from flowlane.errors import ConfigError, VersionConflict, redact
 from flowlane.events import Event
 from flowlane.ports import Channel, Commit, Committed, Delivery, Environment, Index
 from flowlane.state import RunTally
@@ -136,11 +136,13 @@ def _settings(uri: str, synchronous: str, busy_timeout: str) -> Settings:
     parts = urlsplit(uri)
     path = unquote(parts.path[1:])
     if parts.scheme != "sqlite" or parts.netloc or not path or path == ":memory:" or "\0" in path:
-        raise ConfigError(f"{uri}: write sqlite:///relative/path or sqlite:////absolute/path of a file")
+        raise ConfigError(
+            f"{redact(uri)}: write sqlite:///relative/path or sqlite:////absolute/path of a file"
+        )
     if synchronous.lower() not in ("normal", "full"):
-        raise ConfigError(f"{uri}: synchronous={synchronous} is neither normal nor full")
+        raise ConfigError(f"{redact(uri)}: synchronous={synchronous} is neither normal nor full")
     try:
         seconds = float(busy_timeout)
     except ValueError:
-        raise ConfigError(f"{uri}: busy_timeout={busy_timeout} is not a number of seconds") from None
+        raise ConfigError(f"{redact(uri)}: busy_timeout={busy_timeout} is not a number of seconds") from None
     return Settings(Path(path), synchronous.upper(), seconds)

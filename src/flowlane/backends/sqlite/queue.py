@@ -111,6 +111,8 @@ class Release(Change):
 
 
 class Ack(Change):
+    """The entry is gone, if it is still leased so."""
+
     def __init__(self, lease: tuple[int, int]) -> None:
         self.lease = lease
 
@@ -119,6 +121,8 @@ class Ack(Change):
 
 
 class Nack(Change):
+    """The entry is due again after `delay`, if it is still leased so."""
+
     wakes = True
 
     def __init__(self, lease: tuple[int, int], delay: float) -> None:

@@ -1,0 +1,185 @@
+"""The SQLite sink: a batch's rows, its position and the writer's token are one transaction.
+
+So a batch is in the table once, however often it is written, and a writer that was overtaken writes nothing.
+Beside the target stand three tables of flowlane's own, keyed by target and unit: ``_flowlane_fence`` with
+the highest token seen, ``_flowlane_position`` with where each split stands, and ``_flowlane_refused`` with
+the rows that were refused, which are told again to whoever repeats their batch.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Final
+
+import msgspec
+
+from flowlane.connectors.database import Database
+from flowlane.connectors.table import Table
+from flowlane.errors import Fenced, Permanent, Superseded
+from flowlane.ports import Bad, Batch, Split, TableSpec, UnitRef
+from flowlane.state import Position
+
+_SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS _flowlane_fence (
+    target TEXT, stream TEXT, token INTEGER NOT NULL, PRIMARY KEY (target, stream)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS _flowlane_position (
+    target TEXT, stream TEXT, split TEXT, etag TEXT NOT NULL, token INTEGER NOT NULL,
+    offset INTEGER NOT NULL, row INTEGER NOT NULL, crc INTEGER NOT NULL, done INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (target, stream, split)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS _flowlane_refused (
+    target TEXT, stream TEXT, split TEXT, row INTEGER, refused TEXT NOT NULL,
+    PRIMARY KEY (target, stream, split, row)) WITHOUT ROWID
+"""
+_refused: Final = msgspec.json.Decoder(list[Bad])
+
+
+class SqliteSink:
+    """See ``ports.Sink``. Rows are added, or upserted by their key unless a later generation wrote them
+    (column ``_flowlane_generation``). A table that is missing is made of the first batch's columns; columns
+    that come later are added, refused or quarantined, as ``schema`` says."""
+
+    def __init__(self, database: Database, spec: TableSpec) -> None:
+        self._database = database
+        self._spec = spec
+
+    @asynccontextmanager
+    async def open(self, split: Split, unit: UnitRef, resume: str = "") -> AsyncIterator[TableWriter]:
+        """See ``Sink.open``. All that came earlier is refused from now on.
+
+        Raises:
+            Fenced: a later attempt has been here.
+            Superseded: rows of another content of the split are in the table.
+            Permanent: rows of the split are in the table, and it cannot be read in the same order twice.
+        """
+        writer = TableWriter(self._database, self._spec, split, unit)
+        await self._database.run(writer.claim)
+        yield writer
+
+
+class TableWriter:
+    """See ``ports.Writer``."""
+
+    def __init__(self, database: Database, spec: TableSpec, split: Split, unit: UnitRef) -> None:
+        self._database = database
+        self._table = Table(spec, unit.generation)
+        self._split = split
+        self._unit = unit
+        self._target = (spec.name.lower(), unit.stream)
+        self._place = (*self._target, split.id)
+        self._position = Position()
+
+    @property
+    def position(self) -> Position:
+        """See ``Writer.position``."""
+        return self._position
+
+    @property
+    def resume(self) -> str:
+        """See ``Writer.resume``: the table knows by itself."""
+        return ""
+
+    async def write(self, batch: Batch) -> Sequence[Bad]:
+        """See ``Writer.write``.
+
+        Raises:
+            Permanent: the batch does not follow what is in the table; or the table refuses its columns.
+        """
+        position, refused = await self._database.run(lambda connection: self._write(connection, batch))
+        self._position = position
+        return refused
+
+    async def finish(self) -> None:
+        """See ``Writer.finish``: every row is visible already, and now it is known that none is missing."""
+        await self._database.run(self._finish)
+
+    # ------------------------------------------------------------------ in the thread
+
+    def claim(self, connection: sqlite3.Connection) -> None:
+        """Leave the token, and see where the split stands."""
+        connection.execute("BEGIN IMMEDIATE")
+        for statement in _SCHEMA.split(";"):
+            connection.execute(statement)
+        self._fence(connection)
+        connection.execute(
+            "INSERT INTO _flowlane_fence VALUES (?, ?, ?) "
+            "ON CONFLICT DO UPDATE SET token = max(token, excluded.token)",
+            (*self._target, self._unit.token),
+        )
+        self._position, _ = self._standing(connection)
+        connection.execute("COMMIT")
+
+    def _fence(self, connection: sqlite3.Connection) -> None:
+        found = connection.execute(
+            "SELECT token FROM _flowlane_fence WHERE target = ? AND stream = ?", self._target
+        ).fetchone()
+        if found and found[0] > self._unit.token:
+            raise Fenced(
+                f"{self._unit.stream}: attempt {found[0]} writes to {self._target[0]} now, "
+                f"this one is {self._unit.token}"
+            )
+
+    def _standing(self, connection: sqlite3.Connection) -> tuple[Position, bool]:
+        """Where the split stands, and whether all of it is in the table."""
+        found = connection.execute(
+            "SELECT etag, token, done, offset, row, crc FROM _flowlane_position "
+            "WHERE target = ? AND stream = ? AND split = ?",
+            self._place,
+        ).fetchone()
+        if found is None:
+            return Position(), False
+        etag, token, done, *place = found
+        where = f"{self._target[0]}: {place[1]:,} rows of {self._split.url}"
+        if etag != self._split.etag:
+            raise Superseded(f"{where} are in it, and it was replaced since")
+        if not self._split.replayable and token != self._unit.token and not done:
+            raise Permanent(f"{where} are in it, and it cannot be read in the same order twice")
+        return Position(*place), bool(done)
+
+    def _write(self, connection: sqlite3.Connection, batch: Batch) -> tuple[Position, list[Bad]]:
+        connection.execute("BEGIN IMMEDIATE")
+        self._fence(connection)
+        stands, done = self._standing(connection)
+        if done or (batch.end.row <= stands.row and batch.end.offset <= stands.offset):
+            refused = self._told_before(connection, batch)
+            connection.execute("ROLLBACK")
+            return stands, refused
+        if batch.start != stands:
+            raise Permanent(
+                f"{self._target[0]} has the rows of {self._split.url} up to {stands.row:,}, the batch begins "
+                f"at {batch.start.row:,}: the table was restored from a backup, or written to by others"
+            )
+        refused = self._table.write(connection, batch.records, batch.start.row)
+        self._keep(connection, batch, refused)
+        connection.execute("COMMIT")
+        return batch.end, refused
+
+    def _keep(self, connection: sqlite3.Connection, batch: Batch, refused: list[Bad]) -> None:
+        end = batch.end
+        connection.execute(
+            "INSERT OR REPLACE INTO _flowlane_position "
+            "(target, stream, split, etag, token, offset, row, crc) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (*self._place, self._split.etag, self._unit.token, end.offset, end.row, end.crc),
+        )
+        if refused:
+            connection.execute(
+                "INSERT INTO _flowlane_refused VALUES (?, ?, ?, ?, ?)",
+                (*self._place, batch.start.row, msgspec.json.encode(refused).decode()),
+            )
+
+    def _told_before(self, connection: sqlite3.Connection, batch: Batch) -> list[Bad]:
+        found = connection.execute(
+            "SELECT refused FROM _flowlane_refused WHERE target = ? AND stream = ? AND split = ? AND row = ?",
+            (*self._place, batch.start.row),
+        ).fetchone()
+        return _refused.decode(found[0]) if found else []
+
+    def _finish(self, connection: sqlite3.Connection) -> None:
+        connection.execute("BEGIN IMMEDIATE")
+        self._fence(connection)
+        connection.execute(
+            "UPDATE _flowlane_position SET done = 1 WHERE target = ? AND stream = ? AND split = ?",
+            self._place,
+        )
+        connection.execute("COMMIT")

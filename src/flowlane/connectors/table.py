@@ -1,0 +1,232 @@
+"""How records get into a SQLite table: columns followed, values converted, rows refused one by one.
+
+All of it runs inside the writer's transaction. What is decided here depends on the records and the table
+alone, not on how the records were cut into batches.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from datetime import date, datetime, time
+from decimal import Decimal
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, Final
+from uuid import UUID
+
+import msgspec
+
+from flowlane.connectors.database import UNFIT, plain, quoted
+from flowlane.errors import Permanent
+from flowlane.ports import Bad, Record, TableSpec
+
+#: The generation that a row was written by; in every table that is upserted into.
+GENERATION: Final = "_flowlane_generation"
+
+_AS_THEY_ARE: Final = frozenset({str, int, float, bytes, bool, type(None)})
+_AS_TEXT: Final = (datetime, date, time, Decimal, UUID)
+
+Numbered = tuple[int, Record]
+
+
+class Table:
+    """The table that `spec` names, for units of `generation`."""
+
+    def __init__(self, spec: TableSpec, generation: int) -> None:
+        self._spec = spec
+        self._generation = generation
+        self._name = quoted(spec.name, "table")
+        self._upsert = spec.mode == "upsert"
+        self._columns: dict[str, str] = {}  # names as the table has them, by their lower case
+
+    def write(self, connection: sqlite3.Connection, records: Sequence[Record], first: int) -> list[Bad]:
+        """Insert or upsert `records`, of which the first is row `first`; those that were refused.
+
+        Fields that a record does not have are left as they are in the table.
+
+        Raises:
+            Permanent: a column may not be added, or the table has no such key.
+        """
+        refused: list[tuple[int, str]] = []
+        numbered: list[Numbered] = list(enumerate(records))
+        if numbered:
+            numbered = self._fit(connection, numbered, refused)
+        for shape, run in groupby(numbered, key=lambda item: tuple(item[1])):
+            self._insert(connection, shape, list(run), refused)
+        refused.sort(key=itemgetter(0))
+        return [Bad(first + number, reason, repr(records[number])[:1000]) for number, reason in refused]
+
+    # ------------------------------------------------------------------ columns
+
+    def _fit(
+        self, connection: sqlite3.Connection, numbered: list[Numbered], refused: list[tuple[int, str]]
+    ) -> list[Numbered]:
+        """Make the table and the records fit each other; the records that do."""
+        self._columns = self._existing(connection)
+        shapes = dict.fromkeys(tuple(record) for _, record in numbered)
+        names = list(dict.fromkeys(name for shape in shapes for name in shape))
+        kept = numbered
+        if not self._columns:
+            self._refuse_names([name for name in names if not plain(name)])
+            self._create(connection, names, numbered)
+        else:
+            new = [name for name in names if name.lower() not in self._columns]
+            kept = self._meet(connection, numbered, new, refused) if new else numbered
+        if self._upsert and GENERATION not in self._columns:
+            self._add_generation(connection)
+        twice = {shape for shape in shapes if len({name.lower() for name in shape}) < len(shape)}
+        if twice:
+            refused += [
+                (number, "two of its fields name one column") for number, r in kept if tuple(r) in twice
+            ]
+            kept = [item for item in kept if tuple(item[1]) not in twice]
+        return kept
+
+    def _existing(self, connection: sqlite3.Connection) -> dict[str, str]:
+        found = connection.execute(f"PRAGMA table_info({self._name})")
+        return {name.lower(): name for _, name, *_ in found}
+
+    def _create(
+        self, connection: sqlite3.Connection, names: Sequence[str], numbered: Sequence[Numbered]
+    ) -> None:
+        wanted = {name.lower(): name for name in reversed([*self._spec.key, *names])}
+        ordered = [wanted[low] for low in dict.fromkeys(n.lower() for n in (*self._spec.key, *names))]
+        if not ordered:
+            raise Permanent(f"table {self._spec.name} does not exist, and records without fields make none")
+        declared = [f"{quoted(name, 'column')} {_affinity(name, numbered)}".strip() for name in ordered]
+        if self._upsert:
+            declared.append(f'"{GENERATION}" INTEGER NOT NULL DEFAULT 0')
+            declared.append(f"PRIMARY KEY ({self._keys()})")
+        connection.execute(f"CREATE TABLE {self._name} ({', '.join(declared)})")
+        self._columns = self._existing(connection)
+
+    def _meet(
+        self,
+        connection: sqlite3.Connection,
+        numbered: list[Numbered],
+        new: list[str],
+        refused: list[tuple[int, str]],
+    ) -> list[Numbered]:
+        """Columns that the table does not have: added, refused, or put aside row by row."""
+        if self._spec.schema == "quarantine":
+            unknown = set(new)
+            refused += [
+                (number, f"the table has no column {min(unknown.intersection(record))[:80]!a}")
+                for number, record in numbered
+                if not unknown.isdisjoint(record)
+            ]
+            return [item for item in numbered if unknown.isdisjoint(item[1])]
+        if self._spec.schema == "freeze":
+            raise Permanent(
+                f"table {self._spec.name} has no column {new[0][:80]!a}, and schema=freeze adds none"
+            )
+        self._refuse_names([name for name in new if not plain(name)])
+        for name in {name.lower(): name for name in reversed(new)}.values():
+            kind = _affinity(name, numbered)
+            connection.execute(f"ALTER TABLE {self._name} ADD COLUMN {quoted(name, 'column')} {kind}")
+        self._columns = self._existing(connection)
+        return numbered
+
+    def _refuse_names(self, names: Sequence[str]) -> None:
+        for name in names:
+            quoted(name, "column")
+
+    def _add_generation(self, connection: sqlite3.Connection) -> None:
+        if self._spec.schema != "evolve":
+            raise Permanent(
+                f"table {self._spec.name} has no column {GENERATION}, which upserts need: add it as "
+                "INTEGER NOT NULL DEFAULT 0, or use schema=evolve"
+            )
+        connection.execute(f'ALTER TABLE {self._name} ADD COLUMN "{GENERATION}" INTEGER NOT NULL DEFAULT 0')
+        self._columns = self._existing(connection)
+
+    # ------------------------------------------------------------------ rows
+
+    def _insert(
+        self,
+        connection: sqlite3.Connection,
+        shape: tuple[str, ...],
+        run: list[Numbered],
+        refused: list[tuple[int, str]],
+    ) -> None:
+        """Consecutive records with the same fields."""
+        rows = list(self._rows(shape, run, refused))
+        statement = self._statement([self._columns[name.lower()] for name in shape])
+        connection.execute("SAVEPOINT run")
+        try:
+            connection.executemany(statement, [values for _, values in rows])
+        except UNFIT:
+            connection.execute("ROLLBACK TO run")
+            for number, values in rows:
+                try:
+                    connection.execute(statement, values)
+                except UNFIT as error:
+                    refused.append((number, f"the table refuses it: {error}"))
+        connection.execute("RELEASE run")
+
+    def _rows(
+        self, shape: tuple[str, ...], run: list[Numbered], refused: list[tuple[int, str]]
+    ) -> Iterator[tuple[int, tuple[Any, ...]]]:
+        behind = (self._generation,) if self._upsert else ()
+        low = [name.lower() for name in shape]
+        missing = [name for name in self._spec.key if self._upsert and name.lower() not in low]
+        keys = [low.index(name.lower()) for name in self._spec.key] if self._upsert and not missing else []
+        for number, record in run:
+            values = tuple(record.values())
+            if not _AS_THEY_ARE.issuperset(map(type, values)):
+                try:
+                    values = tuple(map(_stored, values))
+                except UNFIT as error:
+                    refused.append((number, f"cannot be stored: {error}"))
+                    continue
+            if missing or any(values[place] is None for place in keys):
+                refused.append((number, f"no value for its key ({', '.join(self._spec.key)})"))
+            else:
+                yield number, values + behind
+
+    def _statement(self, columns: list[str]) -> str:
+        names = [_escaped(name) for name in columns]
+        if self._upsert:
+            names.append(f'"{GENERATION}"')
+        if not names:
+            return f"INSERT INTO {self._name} DEFAULT VALUES"
+        marks = ", ".join("?" * len(names))
+        insert = f"INSERT INTO {self._name} ({', '.join(names)}) VALUES ({marks})"  # noqa: S608 - checked
+        if not self._upsert:
+            return insert
+        keys = {
+            _escaped(self._columns[name.lower()]) for name in self._spec.key if name.lower() in self._columns
+        }
+        changes = ", ".join(f"{name} = excluded.{name}" for name in names if name not in keys)
+        # SQLite keeps to the order of the rows: of those that share a key, the last one stays.
+        return (
+            f"{insert} ON CONFLICT ({self._keys()}) DO UPDATE SET {changes} "
+            f'WHERE excluded."{GENERATION}" >= {self._name}."{GENERATION}"'
+        )
+
+    def _keys(self) -> str:
+        return ", ".join(quoted(name, "key column") for name in self._spec.key)
+
+
+def _escaped(name: str) -> str:
+    """The name of a column that is there: its maker may have called it anything."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _affinity(name: str, numbered: Sequence[Numbered]) -> str:
+    """``TEXT`` for a column of texts, nothing for any other: SQLite's numeric affinities would turn ``'007'``
+    into 7 (sqlite.org/datatype3.html, section 3), and without one every value stays as it is."""
+    kinds = {type(record[name]) for _, record in numbered if name in record}
+    return "TEXT" if kinds - {type(None)} == {str} else ""
+
+
+def _stored(value: Any) -> Any:
+    """What SQLite holds of `value`: lists and records as JSON, moments and decimals as text."""
+    if type(value) in _AS_THEY_ARE or isinstance(value, str | int | float | bytes):
+        return value
+    if isinstance(value, _AS_TEXT):
+        return value.isoformat() if isinstance(value, date | time) else str(value)
+    if isinstance(value, dict | list | tuple):
+        return msgspec.json.encode(value).decode()
+    raise ValueError(f"a value of type {type(value).__name__}")

@@ -1,0 +1,1 @@
+"""Logs as releases of flowlane stored them, and the states that they fold to; see ``make``."""

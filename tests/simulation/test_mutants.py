@@ -1,0 +1,431 @@
+"""Each guard, taken away from outside, makes a scenario fail that looks only at lake, table and log.
+
+The scenarios return what they found wrong, and nothing as long as every guard is in place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import pytest
+
+from flowlane import Context, Event, Lane, Policy, Unit, transfer
+from flowlane.attempt import Attempt
+from flowlane.backends.memory import MemoryBackend
+from flowlane.engine import Engine
+from flowlane.errors import VersionConflict
+from flowlane.ports import Append, Bad, Batch, Commit, Committed, Delivery, ObjectInfo, Split, Writer
+from flowlane.recipes import http_archive
+from flowlane.testing import stores, tables
+from flowlane.testing.clock import VirtualLoop, run
+from flowlane.testing.faults import DIE_AFTER, DIE_BEFORE, CrashAt, Faults, Process
+from flowlane.testing.stores import Lake, Landing, Page
+from tests.simulation.lab import Lab
+
+POLICY = Policy(concurrency=2, retries=8, timeout=60.0, backoff=0.1, backoff_cap=0.2, lease=1.5)
+BODIES = [gzip.compress(random.Random(n).randbytes(150), mtime=0) for n in range(3)]
+RECORDS = [{"n": n} for n in range(17)]
+
+
+class Drop(Unit, key=("url",)):
+    """Records to load."""
+
+    url: str
+
+
+def landing(process: Process) -> Sequence[Lane]:
+    """``http_archive`` over three hours."""
+    return [
+        http_archive(
+            "archive",
+            url="web://archive/{t:%Y-%m-%d}-{t.hour}.json.gz",
+            start="2024-01-01T00",
+            until="2024-01-01T03",
+            to="lake://raw/",
+            policy=POLICY,
+        )
+    ]
+
+
+def loading(process: Process) -> Sequence[Lane]:
+    """One drop into one table, in four batches."""
+    lane = Lane("load", policy=Policy(retries=8, lease=1.5, batch=5))
+
+    @lane.stage(on=lane.triggered)
+    async def find(event: Event, ctx: Context) -> Any:
+        yield Drop(url="rows://drop")
+
+    @lane.stage(on=Drop)
+    async def load(event: Event, ctx: Context) -> None:
+        await ctx.load(ctx.rows(event.data.url), to="table://orders")
+
+    return [lane]
+
+
+def publish(lab: Lab, **page: Any) -> None:
+    """What there is to land and to load."""
+    for hour, body in enumerate(BODIES):
+        lab.world.web.publish(f"web://archive/2024-01-01-{hour}.json.gz", Page(data=body, **page))
+    lab.world.tables.publish("rows://drop", [RECORDS])
+
+
+async def wrong(lab: Lab) -> list[str]:
+    """What lake, table and log show that they should not."""
+    found = await lab.violations()
+    if (await lab.log()).lane.name == "archive":
+        if lab.world.lake.objects != {
+            f"lake://raw/2024-01-01-{hour}.json.gz": body for hour, body in enumerate(BODIES)
+        }:
+            found.append("the lake does not hold what the web had")
+        if len(lab.world.lake.landings) != len(BODIES):
+            found.append(f"{len(lab.world.lake.landings)} times something came to be seen in the lake")
+    else:
+        table = lab.world.tables.tables.get("table://orders")
+        if table is None or table.rows != RECORDS:
+            found.append("the table does not hold the records once each")
+    return found
+
+
+def first(attempts: Iterator[list[str]]) -> list[str]:
+    """What the first attempt that went wrong found; nothing if all went well."""
+    return next((found for found in attempts if found), [])
+
+
+# --------------------------------------------------------------------------- the scenarios
+
+
+def crashed(lanes: Callable[[Process], Sequence[Lane]]) -> list[str]:
+    """A process dies at one of its port calls, another one takes over; for every call, before and after."""
+
+    def one(number: int, mode: str) -> tuple[list[str], int]:
+        faults = CrashAt(number, mode)
+
+        async def main(loop: VirtualLoop) -> list[str]:
+            lab = Lab(loop, lanes)
+            publish(lab)
+            stuck = await lab.until_done(lab.process(faults), lab.run(), faults=faults)
+            return ([stuck] if stuck else []) + await wrong(lab)
+
+        return run(main, seed=number), len(faults.calls)
+
+    def all_of_them() -> Iterator[list[str]]:
+        found, calls = one(0, "")
+        yield found
+        for number in range(1, calls + 1):
+            for mode in (DIE_BEFORE, DIE_AFTER):
+                yield one(number, mode)[0]
+
+    return first(all_of_them())
+
+
+def landing_crashed() -> list[str]:
+    """See ``crashed``."""
+    return crashed(landing)
+
+
+def loading_crashed() -> list[str]:
+    """See ``crashed``."""
+    return crashed(loading)
+
+
+def torn() -> list[str]:
+    """A process dies at any of its callbacks, in the middle of whatever it does; another one takes over."""
+
+    def one(fuse: int) -> tuple[list[str], int]:
+        async def main(loop: VirtualLoop) -> tuple[list[str], int]:
+            lab = Lab(loop, loading)
+            publish(lab)
+            process = lab.process()
+            process.fate.fuse = fuse
+            stuck = await lab.until_done(process, lab.run())
+            return ([stuck] if stuck else []) + await wrong(lab), loop.steps
+
+        return run(main, seed=0)
+
+    def all_of_them() -> Iterator[list[str]]:
+        found, steps = one(0)
+        yield found
+        for fuse in range(1, steps):
+            yield one(fuse)[0]
+
+    return first(all_of_them())
+
+
+def zombies() -> list[str]:
+    """A process stands still for longer than its lease while it lands slow archives, and then goes on, while
+    another one has taken over."""
+
+    def one(seed: int) -> list[str]:
+        async def main(loop: VirtualLoop) -> list[str]:
+            lab = Lab(loop, landing)
+            publish(lab, pause=0.7)
+            both = [lab.process(latency=0.3) for _ in range(2)]
+            done = [loop.create_task(lab.until_done(process, lab.run())) for process in both]
+            for _ in range(4):
+                await asyncio.sleep(loop.rng.uniform(0.5, 2.5))
+                frozen = loop.rng.choice(both)
+                if not frozen.fate.frozen:
+                    await frozen.freeze(loop.rng.uniform(1.6, 3.0))
+            stuck = [text for task in done if (text := await task)]
+            return stuck + await wrong(lab)
+
+        return run(main, seed=seed)
+
+    return first(one(seed) for seed in range(60))
+
+
+def unfinished() -> list[str]:
+    """A process dies right after any of its port calls. No sweep: another process is handed what the queue
+    still holds, and once more everything that it ever held; every run must complete."""
+
+    def one(number: int) -> tuple[list[str], int]:
+        faults = CrashAt(number, DIE_AFTER)
+
+        async def main(loop: VirtualLoop) -> list[str]:
+            lab = Lab(loop, landing)
+            publish(lab)
+            lab.process(faults).start(lab.handle())
+            await asyncio.sleep(2.0)
+            lab.process().start(lab.handle())
+            await asyncio.sleep(4.0)
+            await lab.redeliver(lambda event: True)
+            stuck = await lab.until_empty()
+            return ([stuck] if stuck else []) + await wrong(lab)
+
+        found = run(main, seed=number)
+        return found, len(faults.calls)
+
+    def all_of_them() -> Iterator[list[str]]:
+        found, calls = one(0)
+        yield found
+        for number in range(1, calls + 1):
+            yield one(number)[0]
+
+    return first(all_of_them())
+
+
+def conflicted() -> list[str]:
+    """A unit is handed to a second process while the first one begins, because a lease was too short; one of
+    them wins, and the first one dies. No sweep: the delivery must still be there."""
+
+    class ShortLease(Faults):
+        def chance(self, kind: str) -> bool:
+            return kind == "short lease"
+
+    def one(seed: int) -> list[str]:
+        async def main(loop: VirtualLoop) -> list[str]:
+            lab = Lab(loop, landing)
+            publish(lab, pause=0.5)
+            doomed = lab.process(ShortLease(), latency=0.2).start(lab.handle())
+            lab.process(latency=0.2).start(lab.handle())
+            await asyncio.sleep(loop.rng.uniform(1.0, 2.5))
+            doomed.kill()
+            stuck = await lab.until_empty("/hour/")
+            return [stuck] if stuck else []
+
+        return run(main, seed=seed)
+
+    return first(one(seed) for seed in range(60))
+
+
+def truncated() -> list[str]:
+    """An archive is cut at its source, its length claiming that this is all: it must not be in the lake."""
+
+    async def main(loop: VirtualLoop) -> list[str]:
+        lab = Lab(loop, landing)
+        publish(lab, cut=len(BODIES[0]) - 9, cuts=-1)
+        stuck = await lab.until_done(lab.process(), lab.run())
+        found = [stuck] if stuck else []
+        return found + [f"{url} is in the lake" for url in lab.world.lake.objects]
+
+    return run(main)
+
+
+# --------------------------------------------------------------------------- the mutants
+
+Patch = pytest.MonkeyPatch
+
+
+def no_fence_in_the_log(patch: Patch) -> None:
+    """Appends ignore the versions they expect."""
+    whole = MemoryBackend.commit
+
+    async def anyway(self: MemoryBackend, work: Sequence[Commit]) -> Sequence[Committed | VersionConflict]:
+        answers: list[Committed | VersionConflict] = []
+        for commit in work:
+            heads = await self.last([append.stream for append in commit.appends])
+            answers += await whole(
+                self, [msgspec.structs.replace(commit, appends=[behind(a, heads) for a in commit.appends])]
+            )
+        return answers
+
+    def behind(append: Append, heads: Mapping[str, Event]) -> Append:
+        head = heads.get(append.stream)
+        version = head.version if head else 0
+        events = [
+            msgspec.structs.replace(event, version=version + n) for n, event in enumerate(append.events, 1)
+        ]
+        return Append(append.stream, version, events)
+
+    patch.setattr(MemoryBackend, "commit", anyway)
+
+
+def no_fence_in_the_store(patch: Patch) -> None:
+    """Anybody may go on writing to an upload that somebody else has taken over."""
+
+    def mine(self: Any) -> Any:
+        return self._part
+
+    patch.setattr(stores._MemoryUpload, "_mine", mine)
+
+
+def several_commits(patch: Patch) -> None:
+    """Ack, append, publish and tally, one after another."""
+    whole = MemoryBackend.commit
+
+    async def pieces(self: MemoryBackend, work: Sequence[Commit]) -> Sequence[Committed | VersionConflict]:
+        answers: list[Committed | VersionConflict] = []
+        for commit in work:
+            (answer,) = await whole(self, [Commit(appends=commit.appends)])
+            if isinstance(answer, Committed):
+                await asyncio.sleep(0)
+                await whole(self, [Commit(ack=commit.ack)])
+                await asyncio.sleep(0)
+                await whole(self, [Commit(publish=commit.publish)])
+                await asyncio.sleep(0)
+                (answer,) = await whole(self, [Commit(tally=commit.tally)])
+            answers.append(answer)
+        return answers
+
+    patch.setattr(MemoryBackend, "commit", pieces)
+
+
+def no_repeated_obligations(patch: Patch) -> None:
+    """Whoever finds a unit settled acks, and that is that."""
+
+    async def nothing(self: Engine, head: Event) -> None:
+        return None
+
+    patch.setattr(Engine, "repeat_obligations", nothing)
+
+
+def ack_on_conflict(patch: Patch) -> None:
+    """Whoever comes second believes that the first will see to it."""
+
+    async def conflict(self: Engine, delivery: Delivery) -> str:
+        await delivery.ack()
+        return "settled"
+
+    patch.setattr(Engine, "conflict", conflict)
+
+
+def position_before_effect(patch: Patch) -> None:
+    """A batch is logged, then written."""
+    write = transfer._Load._write
+
+    class Later:
+        def __init__(self, writer: Writer) -> None:
+            self.writer = writer
+            self.batches: list[Batch] = []
+
+        @property
+        def resume(self) -> str:
+            return self.writer.resume
+
+        async def write(self, batch: Batch) -> Sequence[Bad]:
+            self.batches.append(batch)
+            return ()
+
+    async def logged_first(self: Any, split: Split, writer: Writer, batch: Batch) -> None:
+        later = Later(writer)
+        await write(self, split, later, batch)  # type: ignore[arg-type]  # it has what is used of a writer
+        for written in later.batches:
+            await writer.write(written)
+
+    patch.setattr(transfer._Load, "_write", logged_first)
+
+
+def one_token_for_all(patch: Patch) -> None:
+    """Every attempt of a unit has the same token."""
+
+    async def start(self: Attempt) -> None:
+        if not self.started:
+            self.progress.attempt += 1
+            self.progress.token = 1
+            await self._append("attempt.started")
+            self.started = True
+
+    patch.setattr(Attempt, "start", start)
+
+
+def no_proof(patch: Patch) -> None:
+    """What is landed is not decoded on the way."""
+
+    class Believer:
+        def feed(self, block: bytes) -> None: ...
+
+        def close(self) -> None: ...
+
+    patch.setattr(transfer, "prove", lambda name: Believer())
+
+
+def uploads_replace(patch: Patch) -> None:
+    """An upload appears again, and over what stands there."""
+
+    def land(self: Lake, url: str, owner: str, data: bytes, *, overwrite: bool) -> ObjectInfo:
+        self.objects[url] = data
+        self.landings.append(Landing(url, owner, data))
+        return ObjectInfo(url, len(data))
+
+    patch.setattr(Lake, "land", land)
+
+
+def batches_taken_twice(patch: Patch) -> None:
+    """The sink takes whatever comes, wherever it stands."""
+
+    async def write(self: tables.TableWriter, batch: Batch) -> Sequence[Bad]:
+        self._table.rows += batch.records
+        return ()
+
+    patch.setattr(tables.TableWriter, "write", write)
+
+
+SCENARIOS = (
+    landing_crashed,
+    loading_crashed,
+    torn,
+    zombies,
+    unfinished,
+    conflicted,
+    truncated,
+)
+MUTANTS: Sequence[tuple[Callable[[Patch], None], Callable[[], list[str]]]] = (
+    (no_fence_in_the_log, zombies),
+    (no_fence_in_the_store, zombies),
+    (several_commits, torn),
+    (no_repeated_obligations, unfinished),
+    (ack_on_conflict, conflicted),
+    (position_before_effect, loading_crashed),
+    (one_token_for_all, zombies),
+    (no_proof, truncated),
+    (uploads_replace, landing_crashed),
+    (batches_taken_twice, loading_crashed),
+)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_nothing_goes_wrong_with_every_guard_in_place(scenario: Callable[[], list[str]]) -> None:
+    assert scenario() == []
+
+
+@pytest.mark.parametrize(("mutant", "scenario"), MUTANTS)
+def test_a_guard_that_is_missing_is_missed(
+    mutant: Callable[[Patch], None], scenario: Callable[[], list[str]], monkeypatch: Patch
+) -> None:
+    mutant(monkeypatch)
+    assert scenario() != []

@@ -1,0 +1,201 @@
+"""Time, chance and tasks are asked for in one place: whoever goes round it cannot be simulated.
+
+Over the syntax trees of everything that ships, ``flowlane.testing`` (which makes clocks and loops) aside.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parents[1] / "src" / "flowlane"
+FILES = sorted(file for file in SRC.rglob("*.py") if "testing" not in file.relative_to(SRC).parts)
+
+#: Calls that belong into clock.py, by their full dotted name; ``.*``: everything below.
+FORBIDDEN = {
+    "time.*": "ask the clock",
+    "random.*": "ask the clock",
+    "secrets.*": "ask the clock for a token",
+    "uuid.uuid1": "ask the clock for a token",
+    "uuid.uuid4": "ask the clock for a token",
+    "uuid.uuid6": "ask the clock for a token",
+    "uuid.uuid7": "ask the clock for a token",
+    "os.urandom": "ask the clock for a token",
+    "datetime.datetime.now": "ask the clock",
+    "datetime.datetime.utcnow": "ask the clock",
+    "datetime.datetime.today": "ask the clock",
+    "datetime.date.today": "ask the clock",
+    "asyncio.sleep": "sleep by the clock",
+    "asyncio.to_thread": "offload by the clock",
+    "asyncio.run": "a loop is the command line's or the Lambda function's",
+    "asyncio.Runner": "a loop is the command line's or the Lambda function's",
+    "asyncio.create_task": "tasks belong to a TaskGroup",
+    "asyncio.ensure_future": "tasks belong to a TaskGroup",
+    "print": "only the command line talks",
+    "input": "only the command line talks",
+    "breakpoint": "not in what ships",
+    "eval": "data is no code",
+    "exec": "data is no code",
+    "compile": "data is no code",
+    "pickle.*": "data is no code",
+    "marshal.*": "data is no code",
+    "shelve.*": "data is no code",
+    "yaml.*": "msgspec reads what is read",
+    "os.system": "no shell",
+    "subprocess.*": "no shell",
+}
+
+#: Who may all the same, and why: (module, call) -> reason.
+ALLOWED = {
+    ("backends/memory.py", "asyncio.sleep"): "an iteration gives way: no time passes",
+    ("pump.py", "asyncio.ensure_future"): "Pump.until owns what it is given, and cancels and awaits it",
+    ("connectors/hop.py", "asyncio.ensure_future"): "a hop is shielded from cancellation and awaited",
+    ("aws_lambda/function.py", "asyncio.Runner"): "one loop for the process, kept between invocations",
+    (
+        "aws_lambda/function.py",
+        "asyncio.create_task",
+    ): "the keeper of the open application: awaited on leaving",
+    ("cli/progress.py", "asyncio.create_task"): "the screen's refresher: cancelled and awaited on leaving",
+    ("cli/session.py", "asyncio.run"): "the command line's loop",
+    ("cli/session.py", "print"): "the command line talks",
+}
+#: Whole modules that may: the clock itself, and the loop's own methods in it.
+EXEMPT = {"clock.py": ("time.", "random.", "os.urandom", "datetime.datetime.now", "asyncio.")}
+
+
+def aliases(tree: ast.Module) -> dict[str, str]:
+    """What each imported name stands for: ``{"datetime": "datetime.datetime"}``."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                names[alias.asname or alias.name.partition(".")[0]] = (
+                    alias.name if alias.asname else alias.name.partition(".")[0]
+                )
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                names[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    return names
+
+
+def dotted(node: ast.expr, names: dict[str, str]) -> str:
+    """The full name that `node` refers to; empty if it is no plain name."""
+    if isinstance(node, ast.Name):
+        return names.get(node.id, node.id)
+    if isinstance(node, ast.Attribute) and (base := dotted(node.value, names)):
+        return f"{base}.{node.attr}"
+    return ""
+
+
+def matches(name: str) -> str:
+    """The entry of ``FORBIDDEN`` that `name` falls under."""
+    for pattern in FORBIDDEN:
+        if name == pattern or (pattern.endswith(".*") and name.startswith(pattern[:-1])):
+            return pattern
+    return ""
+
+
+def used(source: str) -> Iterator[tuple[int, str]]:
+    """Line and full name of every forbidden thing in `source`, called or handed on."""
+    tree = ast.parse(source)
+    names = aliases(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Load):
+            name = dotted(node, names)
+            # A name of one's own (a method called ``compile``, a variable) is none of the builtins.
+            if matches(name) and not (isinstance(node, ast.Name) and name in _bound(tree)):
+                yield node.lineno, name
+
+
+def _bound(tree: ast.Module) -> set[str]:
+    found = {
+        node.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    }
+    found |= {
+        node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
+    return found | {
+        arg.arg for node in ast.walk(tree) if isinstance(node, ast.arguments) for arg in node.args
+    }
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SRC)))
+def test_nobody_goes_round_the_clock(file: Path) -> None:
+    module = file.relative_to(SRC).as_posix()
+    wrong = [
+        f"{module}:{line}: {name}: {FORBIDDEN[matches(name)]}"
+        for line, name in used(file.read_text())
+        if not name.startswith(EXEMPT.get(module, ("\0",))) and (module, name) not in ALLOWED
+    ]
+    assert wrong == []
+
+
+def test_every_exception_is_needed() -> None:
+    """A reason whose cause is gone would let the next one in unseen."""
+    needed = {
+        (file.relative_to(SRC).as_posix(), name) for file in FILES for _, name in used(file.read_text())
+    }
+    assert {key for key in ALLOWED if key not in needed} == set()
+    assert all(len(reason) > 10 for reason in ALLOWED.values())
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SRC)))
+def test_tasks_are_made_by_their_owner(file: Path) -> None:
+    """``create_task`` only on a TaskGroup of the same module: the error of an orphan is lost."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == "create_task"
+        ):
+            if (file.relative_to(SRC).as_posix(), ast.unparse(node.func)) in ALLOWED:
+                continue
+            owner = node.func.value
+            assert isinstance(owner, ast.Name), f"{file}:{node.lineno}"
+            assert owner.id in _task_groups(tree), f"{file}:{node.lineno}: {owner.id} is no TaskGroup"
+
+
+def _task_groups(tree: ast.Module) -> set[str]:
+    groups = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.AsyncWith):
+            for item in node.items:
+                call = item.context_expr
+                if (
+                    isinstance(call, ast.Call)
+                    and ast.unparse(call.func) == "asyncio.TaskGroup"
+                    and isinstance(item.optional_vars, ast.Name)
+                ):
+                    groups.add(item.optional_vars.id)
+        elif isinstance(node, ast.arg) and node.annotation and "TaskGroup" in ast.unparse(node.annotation):
+            groups.add(node.arg)
+    return groups
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import time\ntime.time()", "time.time"),
+        ("import time as t\nt.monotonic()", "time.monotonic"),
+        ("from time import sleep\nsleep(1)", "time.sleep"),
+        ("from datetime import datetime as dt\ndt.now()", "datetime.datetime.now"),
+        ("import datetime\ndatetime.datetime.utcnow()", "datetime.datetime.utcnow"),
+        ("import random\nx = random.choice", "random.choice"),
+        ("import asyncio\nasyncio.sleep(0)", "asyncio.sleep"),
+        ("from os import urandom\nurandom(8)", "os.urandom"),
+        ("eval('1')", "eval"),
+        ("print(1)", "print"),
+        ("import pickle\npickle.loads(b'')", "pickle.loads"),
+        ("def print(x): ...\nprint(1)", ""),
+        ("import re\nre.compile('')", ""),
+        ("clock.sleep(1)\nself.time()", ""),
+    ],
+)
+def test_the_rule_itself_sees(source: str, found: str) -> None:
+    assert [name for _, name in used(source)] == ([found] if found else [])
