@@ -64,6 +64,7 @@ class Attempt:
         "_progress",
         "_waiting_since",
         "beating",
+        "began",
         "deadline",
         "delivery",
         "ending",
@@ -95,6 +96,7 @@ class Attempt:
         self.started = False
         self.lost = False
         self.moved = False
+        self.began = 0.0
         self.kind: Terminal = "unit.settled"
         self.final: Event | None = None
         # Not a closure: it would hold the attempt, and each would wait for the garbage collector.

@@ -120,7 +120,7 @@ class Engine:
                 handling = Handling(stage)
                 self._queues[stage.queue] = self._types[lane.name, stage.on] = handling
         self._prefix = clock.token()
-        self._busy: set[str] = set()
+        self._busy: dict[str, int] = {}  # how many attempts of a unit are under way here
         self._count = 0
         self._stamp = ("", -1.0)
         #: Set and replaced whenever a run completes here: wakes who waits for one.
@@ -275,6 +275,7 @@ class Engine:
             await delivery.ack()
             return "settled"
         attempt = slot.attempt = Attempt(self, handling, delivery, head, deadline)
+        attempt.began = slot.began
         entered = False
         try:
             if delivery.attempt > 1 or head.version != event.version:
@@ -282,14 +283,14 @@ class Engine:
                 if wait > 0:
                     await delivery.nack(delay=wait)
                     return "released"
+                entered = self._enter(head.subject)
                 commit = await self._take_over(attempt)
                 if commit is not None:
                     self.committer.submit(commit, attempt)
                     return attempt
             first = head if head.version == 1 else await self._first(head.subject)
             attempt.event = self._typed(handling, first)
-            self._busy.add(head.subject)
-            entered = True
+            entered = entered or self._enter(head.subject)
             if handling.generator:
                 await self._discover(handling, attempt)
             elif (result := await handling.handler(attempt.event, attempt)) is not None:
@@ -305,7 +306,18 @@ class Engine:
             return await self.fail(attempt, error)
         finally:
             if entered:
-                self._busy.discard(head.subject)
+                self._leave(head.subject)
+
+    def _enter(self, unit: str) -> bool:
+        self._busy[unit] = self._busy.get(unit, 0) + 1
+        return True
+
+    def _leave(self, unit: str) -> None:
+        left = self._busy[unit] - 1
+        if left:
+            self._busy[unit] = left
+        else:
+            del self._busy[unit]
 
     def _was_ours(self, head: Event) -> bool:
         """Whether the attempt that `head` tells of was made here, and is over: no reason to wait for it."""
@@ -389,7 +401,9 @@ class Engine:
             return await self.conflict(attempt.delivery)
         commit: Commit
         if isinstance(error, Interrupted):
-            now.hops = 0 if attempt.moved else now.hops + 1
+            # An attempt that began just before the deadline has not had its chance: no hop is counted for it.
+            fair = self.clock.monotonic() - attempt.began >= attempt.deadline.margin
+            now.hops = 0 if attempt.moved else now.hops + fair
             if now.hops > policy.hops:
                 commit = self._dead(attempt, f"no progress in {policy.hops} continuations in a row: {error}")
             else:

@@ -90,8 +90,8 @@ class _Station:
 
 
 class Pump:
-    """Handles deliveries while its context is open; ``receiving`` ones of its own, or only those fed to it;
-    of all stages, or of the one named `only`.
+    """Handles deliveries while its context is open; ``receiving`` ones of its own, or only those it is asked
+    to ``handle``; of all stages, or of the one named `only`.
 
     Leaving the context waits for what runs (up to the deadline), gives back what was not begun, and waits for
     the last commits.
@@ -100,9 +100,7 @@ class Pump:
     def __init__(self, engine: Engine, deadline: Deadline, *, receiving: bool = True, only: str = "") -> None:
         self.engine = engine
         self.deadline = deadline
-        self.outcomes: dict[int, Outcome] = {}
         self._awaited: dict[int, asyncio.Future[Outcome]] = {}
-        self._keep_outcomes = not receiving
         self._receiving = receiving
         self._stations = {
             queue: _Station(handling)
@@ -160,16 +158,6 @@ class Pump:
             await asyncio.wait(self._slots)
 
     # ------------------------------------------------------------------ feeding
-
-    async def feed(self, deliveries: Sequence[Delivery]) -> None:
-        """Handle `deliveries`; ``outcomes`` has each one's end once the context is left."""
-        now = self.engine.clock.monotonic()
-        for delivery in deliveries:
-            station = self._stations.get(delivery.stage)
-            if station is None:
-                self.outcomes[id(delivery)] = "failed"
-            else:
-                station.feed([delivery], now)
 
     async def handle(self, delivery: Delivery) -> Outcome:
         """Handle `delivery`; what became of it, once its last commit is through."""
@@ -298,8 +286,6 @@ class Pump:
         self._ended(attempt.delivery, attempt.outcome)  # type: ignore[arg-type]  # set from Outcome's values
 
     def _ended(self, delivery: Delivery, outcome: Outcome) -> None:
-        if self._keep_outcomes:
-            self.outcomes[id(delivery)] = outcome
         if self._awaited:
             awaited = self._awaited.get(id(delivery))
             if awaited is not None and not awaited.done():

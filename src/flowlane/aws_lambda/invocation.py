@@ -177,16 +177,10 @@ class Invocation:
             moved = engine.moved
             began = clock.monotonic()
             looks += 1
-            ends: dict[str, End] = {}
-            try:
-                ends = await self.look(waiting, thorough=looks == thorough)
-            except Exception as error:  # noqa: BLE001  # the log is away: ask again, until the deadline
-                logger.warning("lane %s: cannot see how its runs stand: %s", self._lane.name, describe(error))
+            ends = await self._ends(waiting, thorough=looks == thorough)
             if looks == thorough:
                 thorough *= 2
             spent = clock.monotonic() - began
-            if self._deadline.near(began + spent):
-                ends = {run: ends.get(run, "near") for run in waiting}
             for run, end in ends.items():
                 self._awaited[run].set_result(end)
             if spent > 0.001:  # many runs: three parts of the time are theirs
@@ -199,6 +193,14 @@ class Invocation:
                     await moved.wait()
             except TimeoutError:
                 continue
+
+    async def _ends(self, waiting: set[str], *, thorough: bool) -> dict[str, End]:
+        ends: dict[str, End] = {}
+        try:
+            ends = await self.look(waiting, thorough=thorough)
+        except Exception as error:  # noqa: BLE001  # the log is away: ask again, until the deadline
+            logger.warning("lane %s: cannot see how its runs stand: %s", self._lane.name, describe(error))
+        return {run: ends.get(run, "near") for run in waiting} if self.near else ends
 
 
 async def handle(app: Application, lane: Lane, batch: Batch, deadline: Deadline) -> dict[str, Any]:
