@@ -11,6 +11,7 @@ import os
 import random
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Protocol, TypeVar
 
@@ -40,13 +41,16 @@ class Clock(Protocol):
         """Return after `seconds`."""
         ...
 
-    async def offload(self, work: Callable[[], T]) -> T:
-        """Run `work`, which computes or blocks for longer than the loop can stand, off the loop."""
+    async def offload(self, work: Callable[[], T], *, waits: bool = False) -> T:
+        """Run `work`, which takes longer than the loop can stand, off the loop: it computes, or (`waits`)
+        mostly waits for a disk."""
         ...
 
 
 class SystemClock:
-    """The machine's own clock and the operating system's randomness."""
+    """The machine's own clock, the operating system's randomness, and as many threads as there are cores."""
+
+    _computing: ThreadPoolExecutor | None = None
 
     def now(self) -> datetime:
         return datetime.now(UTC)
@@ -63,8 +67,12 @@ class SystemClock:
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
 
-    async def offload(self, work: Callable[[], T]) -> T:
-        return await asyncio.to_thread(work)
+    async def offload(self, work: Callable[[], T], *, waits: bool = False) -> T:
+        if self._computing is None:
+            # One core is left to the loop: with more threads computing than that, it waits for its turn.
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            self._computing = ThreadPoolExecutor(max(1, cores - 1), thread_name_prefix="flowlane-compute")
+        return await asyncio.get_running_loop().run_in_executor(None if waits else self._computing, work)
 
 
 def rfc3339(moment: datetime) -> str:

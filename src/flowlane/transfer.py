@@ -8,7 +8,6 @@ reading resumes: batches in between are cut the same way again, counted, and fou
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from functools import partial
@@ -28,6 +27,7 @@ from flowlane.errors import (
     Permanent,
     Retryable,
     Superseded,
+    VersionConflict,
     redact,
 )
 from flowlane.ports import (
@@ -48,6 +48,7 @@ from flowlane.ports import (
 )
 from flowlane.state import Counts, Position, Transfer
 from flowlane.streams.inflate import prove
+from flowlane.streams.members import inflater
 
 if TYPE_CHECKING:
     from flowlane.attempt import Attempt
@@ -104,8 +105,15 @@ async def copy(  # the parameters are the promise of ``Context.copy``
             state = Transfer(high=state.high)
         work = _Copy(attempt, name, state, upload, url, verify == "content")
         await work.log(events.UPLOAD_OPENED)
-        await work.run(source, headers, etag)
-        return await work.publish(to, overwrite)
+        try:
+            await work.run(source, headers, etag)
+            return await work.publish(to, overwrite)
+        except Fenced as error:
+            if isinstance(error, VersionConflict) or attempt.lost:
+                raise
+            if work.whole and not overwrite and await target.head(to) is not None:
+                raise  # another object stands there
+            raise work.robbed(error) from error
 
 
 class _Copy:
@@ -123,6 +131,8 @@ class _Copy:
         self.prover = prove(url.partition("?")[0]) if decode else None
         self.offset = 0
         self.crc = 0
+        self.whole = False  # read to its end, and proven
+        self._crc32 = inflater().crc32
         self.logged_at = attempt.engine.clock.monotonic()
 
     async def log(self, kind: str) -> None:
@@ -147,6 +157,7 @@ class _Copy:
                     )
                 await self._pass_on(body, goal)
             self._prove()
+            self.whole = True
         except (Damaged, Permanent, ConfigError):
             await self._discard()
             raise
@@ -184,7 +195,7 @@ class _Copy:
 
     async def _digest(self, block: bytes) -> None:
         if self.prover is None:
-            self.crc = zlib.crc32(block, self.crc)
+            self.crc = self._crc32(block, self.crc)
         else:
             with self._refuted():
                 self.crc = await self.attempt.engine.clock.offload(lambda: self._decode(block))
@@ -193,7 +204,7 @@ class _Copy:
     def _decode(self, block: bytes) -> int:
         assert self.prover is not None
         self.prover.feed(block)
-        return zlib.crc32(block, self.crc)
+        return self._crc32(block, self.crc)
 
     def _prove(self) -> None:
         if not self.offset:
@@ -234,6 +245,13 @@ class _Copy:
         await self.upload.abort()
         self.state = Transfer(high=self.state.high)
         self.attempt.progress.transfers[self.name] = self.state
+
+    def robbed(self, error: Fenced) -> Incomplete:
+        """A former attempt, come back to life, has taken the upload over. It gets no further, since the log
+        refuses it; and if it is this attempt that has been overtaken, the log refuses its next word."""
+        self.state = Transfer(high=self.state.high)
+        self.attempt.progress.transfers[self.name] = self.state
+        return Incomplete(f"{error}: starting afresh")
 
     async def publish(self, to: str, overwrite: bool) -> ObjectInfo:
         """Make the object visible, whole."""
@@ -321,7 +339,7 @@ class _Load:
         await self._log(moved=True)
 
     def _begin_again(self) -> Transfer:
-        """The sink has lost what the log counted on (an unfinished upload, say): this split from its start."""
+        """The sink has lost what the log counted on (an unfinished upload, say): the split from its start."""
         lost = self.state.counts.since(self.state.before)
         progress = self.attempt.progress
         progress.counts = progress.counts.since(lost)

@@ -88,7 +88,8 @@ class _Backend:
         finally:
             self._page.add(phase, -1)
         self._page.add(
-            "held", -sum(isinstance(a, Committed) and c.ack is not None for a, c in zip(answers, work, strict=True))
+            "held",
+            -sum(isinstance(a, Committed) and c.ack is not None for a, c in zip(answers, work, strict=True)),
         )
         return answers
 
@@ -136,7 +137,7 @@ async def _work(settings: Mapping[str, str], page: Page) -> None:
     watched = lane(settings["url"], settings["lake"], settings["until"])
     chosen = Settings(backend=settings["backend"], allow_private_hosts=True)
     async with open_application([watched], chosen) as app:
-        app.engine.backend = app.backend = _Backend(app.backend, page)  # type: ignore[assignment]
+        app.engine.backend = app.backend = _Backend(app.backend, page)
         app.engine.connections = _Connections(app.engine.connections, page)
         await serve(app, asyncio.Event(), Deadline())
 

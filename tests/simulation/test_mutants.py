@@ -19,8 +19,9 @@ from flowlane.attempt import Attempt
 from flowlane.backends.memory import MemoryBackend
 from flowlane.engine import Engine
 from flowlane.errors import VersionConflict
-from flowlane.ports import Append, Bad, Batch, Commit, Committed, Delivery, ObjectInfo, Split, Writer
+from flowlane.ports import Append, Bad, Batch, Commit, Committed, Delivery, ObjectInfo
 from flowlane.recipes import http_archive
+from flowlane.state import Position, Transfer
 from flowlane.testing import stores, tables
 from flowlane.testing.clock import VirtualLoop, run
 from flowlane.testing.faults import DIE_AFTER, DIE_BEFORE, CrashAt, Faults, Process
@@ -325,29 +326,15 @@ def ack_on_conflict(patch: Patch) -> None:
 
 
 def position_before_effect(patch: Patch) -> None:
-    """A batch is logged, then written."""
-    write = transfer._Load._write
+    """That an object is whole and visible is logged, then it is made so."""
+    publish = transfer._Copy.publish
 
-    class Later:
-        def __init__(self, writer: Writer) -> None:
-            self.writer = writer
-            self.batches: list[Batch] = []
+    async def logged_first(self: Any, to: str, overwrite: bool) -> ObjectInfo:
+        self.state = Transfer(position=Position(self.offset, 0, self.crc), done=True)
+        await self.log("batch.written")
+        return await publish(self, to, overwrite)
 
-        @property
-        def resume(self) -> str:
-            return self.writer.resume
-
-        async def write(self, batch: Batch) -> Sequence[Bad]:
-            self.batches.append(batch)
-            return ()
-
-    async def logged_first(self: Any, split: Split, writer: Writer, batch: Batch) -> None:
-        later = Later(writer)
-        await write(self, split, later, batch)  # type: ignore[arg-type]  # it has what is used of a writer
-        for written in later.batches:
-            await writer.write(written)
-
-    patch.setattr(transfer._Load, "_write", logged_first)
+    patch.setattr(transfer._Copy, "publish", logged_first)
 
 
 def one_token_for_all(patch: Patch) -> None:
@@ -410,7 +397,7 @@ MUTANTS: Sequence[tuple[Callable[[Patch], None], Callable[[], list[str]]]] = (
     (several_commits, torn),
     (no_repeated_obligations, unfinished),
     (ack_on_conflict, conflicted),
-    (position_before_effect, loading_crashed),
+    (position_before_effect, landing_crashed),
     (one_token_for_all, zombies),
     (no_proof, truncated),
     (uploads_replace, landing_crashed),

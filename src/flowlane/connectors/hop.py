@@ -18,7 +18,7 @@ async def hop(clock: Clock, work: Callable[..., T], *args: object) -> T:
     A thread cannot be interrupted. So a cancellation is held back until `work` has returned (keep it short:
     about 1 MiB at a time), and the caller may then close what it worked on.
     """
-    task = asyncio.ensure_future(clock.offload(partial(work, *args)))
+    task = asyncio.ensure_future(clock.offload(partial(work, *args), waits=True))
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:

@@ -25,7 +25,7 @@ MAX_HEADER: Final = 128 << 10
 _MAGIC: Final = b"\x1f\x8b\x08"  # ID1, ID2, CM = deflate: RFC 1952, section 2.3.1
 _FHCRC, _FEXTRA, _FNAME, _FCOMMENT, _RESERVED = 2, 4, 8, 16, 0xE0
 _FIRST_SLICE: Final = 4 << 10
-_LAST_SLICE: Final = 1 << 30
+_LAST_SLICE: Final = 64 << 10
 
 
 class Inflater(NamedTuple):
@@ -120,8 +120,8 @@ class Gzip:
         yield from ()
 
     def _deflate(self) -> Iterator[bytes]:
-        # At its end the inflater copies what it did not use: short slices at a member's beginning keep a
-        # block of a thousand tiny members from being copied a thousand times.
+        # The inflater copies what it has not used yet, after every piece and at a member's end: short slices
+        # keep that small, the shortest ones where members are tiny.
         data = self._take(self._slice)
         self._slice = min(self._slice * 8, _LAST_SLICE)
         while True:

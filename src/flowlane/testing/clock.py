@@ -266,7 +266,7 @@ class VirtualClock:
         """See ``Clock.sleep``; takes no time at all."""
         await asyncio.sleep(seconds)
 
-    async def offload(self, work: Callable[[], T]) -> T:
+    async def offload(self, work: Callable[[], T], *, waits: bool = False) -> T:
         """Run `work` here and now: there are no threads. Others get a turn before it."""
         await asyncio.sleep(0)
         return work()

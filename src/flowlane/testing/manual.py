@@ -35,7 +35,7 @@ class ManualClock:
     def token(self) -> str:
         return f"{self._name}{next(self._tokens)}"
 
-    async def offload(self, work: Callable[[], T]) -> T:
+    async def offload(self, work: Callable[[], T], *, waits: bool = False) -> T:
         return work()
 
     async def sleep(self, seconds: float) -> None:
