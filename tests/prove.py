@@ -7,6 +7,7 @@ A proof is a function that is given a budget of seconds and returns what it show
 from __future__ import annotations
 
 import argparse
+import gzip
 import random
 import sys
 import time
@@ -14,9 +15,19 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from zstandard import ZstdCompressor
+
+from flowlane import CsvFormat, FlowlaneError, events
+from flowlane.aws_lambda.payload import understand
+from flowlane.streams.csvrows import CsvRows
+from flowlane.streams.inflate import decoder
+from flowlane.streams.jsonrows import JsonRows
 from flowlane.testing.faults import MODES
 from flowlane.testing.simulator import Tally, again, campaign
+from tests.kills.campaign import Campaign
 from tests.simulation.crashes import calm, crash
 
 Proof = Callable[[float], str]
@@ -67,10 +78,78 @@ def _pairs(seed: int, seconds: float) -> int:
     return done
 
 
+def kills(seconds: float) -> str:
+    """kill -9 of two workers on one SQLite file, each in the middle of effect, commit or ack."""
+    with TemporaryDirectory() as folder:
+        killing = Campaign(Path(folder), hours=2000 + int(60 * seconds), seed=random.randrange(10**9))
+        killing.run(kills=10**9, seconds=0.7 * seconds)  # the rest to see everything through
+        return f"{sum(killing.hits.values()):,} kills {dict(killing.hits)}: nothing lost, nothing doubled"
+
+
+def fuzz(seconds: float) -> str:
+    """Junk into every decoder: a typed error or a value, never anything else."""
+    chance, end, done = random.Random(), time.monotonic() + seconds, Counter[str]()
+    while time.monotonic() < end:
+        name, seed, target = chance.choice(JUNK)
+        junk = bytearray(seed)
+        for _ in range(chance.randrange(1, 8)):
+            at = chance.randrange(len(junk) + 1)
+            junk[at : at + chance.choice((0, 0, 1, 1, 8))] = chance.randbytes(chance.choice((0, 1, 1, 3)))
+        said = ""
+        try:
+            target(bytes(junk))
+        except FlowlaneError as error:
+            said = str(error)
+        except Exception as error:
+            raise AssertionError(f"{name} raised {error!r} for {bytes(junk)!r}") from error
+        assert "\n" not in said, (name, bytes(junk))
+        done[name] += 1
+    return f"{sum(done.values()):,} inputs {dict(done)}"
+
+
+def _decode(name: str) -> Callable[[bytes], object]:
+    def target(junk: bytes) -> None:
+        decoding = decoder(name)
+        for at in range(0, len(junk), 7):
+            for _piece in decoding.feed(junk[at : at + 7]):
+                pass
+        decoding.close()
+
+    return target
+
+
+def _rows(make: Callable[[], CsvRows | JsonRows]) -> Callable[[bytes], object]:
+    def target(junk: bytes) -> None:
+        rows = make()
+        for at in range(0, len(junk), 11):
+            list(rows.feed(junk[at : at + 11]))
+        list(rows.close())
+
+    return target
+
+
+_EVENT = events.encode(
+    events.Event(
+        "1", "lane", "hour", "lane/hour/1", "2024-01-01T00:00:00.000Z", events.EMPTY, 1, "lane/run/1"
+    )
+)
+#: What is mutated, and what it is fed to.
+JUNK: Sequence[tuple[str, bytes, Callable[[bytes], object]]] = (
+    ("event", _EVENT, events.decode),
+    ("message", _EVENT, lambda junk: understand(junk, "lane")),
+    ("gzip", gzip.compress(b"one line\n" * 50, mtime=0) * 2, _decode("x.gz")),
+    ("zstd", ZstdCompressor().compress(b"one line\n" * 50) * 2, _decode("x.zst")),
+    ("csv", b'id,name\r\n1,"a, ""b""\nc"\n2,\xc3\xa9\n', _rows(lambda: CsvRows(CsvFormat()))),
+    ("json lines", b'{"a": 1}\n{"b": [1, {"c": "\\u00e9"}]}\n\n', _rows(JsonRows)),
+)
+
+
 #: Every proof, and its share of the time.
 PROOFS: Sequence[tuple[Proof, float]] = (
     (seeds, 3.0),
     (crash_pairs, 1.0),
+    (kills, 1.5),
+    (fuzz, 0.5),
 )
 
 
