@@ -24,7 +24,7 @@ demo: setup
 	@$(PY) examples/demo.py
 
 test: setup
-	@$(PY) -m pytest tests
+	@$(PY) -m pytest tests -n 2
 
 lint: setup
 	@$(PY) -m ruff check --quiet .

@@ -81,7 +81,7 @@ def _pairs(seed: int, seconds: float) -> int:
 def kills(seconds: float) -> str:
     """kill -9 of two workers on one SQLite file, each in the middle of effect, commit or ack."""
     with TemporaryDirectory() as folder:
-        killing = Campaign(Path(folder), hours=2000 + int(60 * seconds), seed=random.randrange(10**9))
+        killing = Campaign(Path(folder), hours=500 + int(20 * seconds), seed=random.randrange(10**9))
         killing.run(kills=10**9, seconds=0.7 * seconds)  # the rest to see everything through
         return f"{sum(killing.hits.values()):,} kills {dict(killing.hits)}: nothing lost, nothing doubled"
 

@@ -3,11 +3,13 @@
 import asyncio
 import multiprocessing
 import random
+import sys
 import time
 from collections import Counter
 from datetime import datetime, timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from flowlane.compose import open_application
 from flowlane.events import Event
@@ -51,6 +53,8 @@ class Campaign:
         }
         try:
             self._kill(kills, time.monotonic() + seconds)
+            ours.send("fast")
+            ours.recv()
             asyncio.run(self._see_through())
         finally:
             server.kill()
@@ -142,3 +146,17 @@ class Campaign:
             moment = begin + timedelta(hours=hour)
             expected[f"{moment:%Y-%m-%d}-{moment.hour}.json.gz"] = archive(hour)
         assert lake == expected
+
+
+def main() -> int:
+    """``python -m tests.kills.campaign 500``: so many kills, then the reckoning."""
+    kills = int(sys.argv[1])
+    with TemporaryDirectory() as folder:
+        campaign = Campaign(Path(folder), hours=500 + 20 * kills, seed=random.randrange(10**9))
+        campaign.run(kills, seconds=3600)
+        print(f"{sum(campaign.hits.values())} kills {dict(campaign.hits)}, {campaign.misses} hit nothing")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,6 +11,7 @@ import mmap
 import struct
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from datetime import datetime, timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -147,18 +148,22 @@ def work(settings: Mapping[str, str], page: str) -> None:
     asyncio.run(_work(settings, Page(Path(page))))
 
 
-def serve_archives(hours: int, answer: Connection) -> None:
-    """Serve the archives of so many hours on loopback, until killed; the URL goes to `answer`."""
+def serve_archives(hours: int, pipe: Connection) -> None:
+    """Serve the archives of so many hours on loopback, until killed; the URL goes out by `pipe`. Slowly, so
+    that there is something to be hit, until anything comes in by it."""
 
     async def forever() -> None:
-        from datetime import datetime, timedelta
-
         async with LyingServer() as server:
-            for hour in range(hours):
-                moment = datetime.fromisoformat(START) + timedelta(hours=hour)
-                path = f"/{moment:%Y-%m-%d}-{moment.hour}.json.gz"
-                server.serve(path, archive(hour), drip=0.1)  # slow enough to be hit
-            answer.send(server.url("").rstrip("/"))
+            serve_all(server, 0.2)
+            pipe.send(server.url("").rstrip("/"))
+            await asyncio.to_thread(pipe.recv)
+            serve_all(server, 0.0)
+            pipe.send("fast")
             await asyncio.Event().wait()
+
+    def serve_all(server: LyingServer, drip: float) -> None:
+        for hour in range(hours):
+            moment = datetime.fromisoformat(START) + timedelta(hours=hour)
+            server.serve(f"/{moment:%Y-%m-%d}-{moment.hour}.json.gz", archive(hour), drip=drip)
 
     asyncio.run(forever())

@@ -64,7 +64,7 @@ class Lie(msgspec.Struct, frozen=True, kw_only=True):
     cut: int = -1  #: the connection is closed after so many bytes of the body
     reset: int = -1  #: ... is reset
     hang: int = -1  #: ... is left open, and nothing more comes; 0: not even the headers
-    drip: float = 0.0  #: seconds between pieces of the body
+    drip: float = 0.0  #: seconds before each piece (64 KiB) of the body
     raw: bytes = b""  #: sent instead of any answer, then the connection is closed
 
 
@@ -234,11 +234,11 @@ async def _send(
     whole = not limits or min(limits) >= len(body)
     body = body[: min(limits, default=len(body))]
     for at in range(0, len(body), _PIECE):
+        if lie.drip:
+            await asyncio.sleep(lie.drip)
         piece = body[at : at + _PIECE]
         writer.write(b"%x\r\n%b\r\n" % (len(piece), piece) if lie.chunked else piece)
         await writer.drain()
-        if lie.drip:
-            await asyncio.sleep(lie.drip)
     if lie.chunked and whole:
         writer.write(b"0\r\n\r\n")
     await writer.drain()

@@ -1,0 +1,21 @@
+"""What all tests share: reports that can be sent between the processes that the tests are spread over."""
+
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Hostile names are test data and end up in captured output: lone surrogates cannot be sent so."""
+    report = yield
+    report.sections = [(plain(name), plain(text)) for name, text in report.sections]
+    if isinstance(report.longrepr, str):
+        report.longrepr = plain(report.longrepr)
+    return report
+
+
+def plain(text: Any) -> str:
+    """`text` with what UTF-8 cannot hold escaped."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
