@@ -75,6 +75,7 @@ class Transfer(msgspec.Struct, frozen=True, omit_defaults=True):
     high: int = 0  #: the furthest offset (loads: row) ever reached: moving on means passing it
     etag: str = ""
     upload: str = ""  #: what names the unfinished effect in the sink or store
+    whole: Position = Position()  #: copies: the length and CRC of the proven object, once it may be visible
     done: bool = False
     counts: Counts = msgspec.field(default_factory=Counts)
     before: Counts = msgspec.field(default_factory=Counts)  #: loads: what the splits already done had come to

@@ -96,6 +96,10 @@ async def copy(  # the parameters are the promise of ``Context.copy``
     await attempt.start()
     source = await attempt.engine.connections.store(url)
     target = await attempt.engine.connections.store(to)
+    landed = await _landed(attempt, target, to, state.whole)
+    if landed is not None:
+        _done(attempt, name, state.whole, state.etag)
+        return landed
     owner = f"{attempt.unit}#{attempt.progress.token}"
     resume, position = (state.upload, state.position.offset) if state.etag else ("", 0)
     async with target.upload(
@@ -107,7 +111,7 @@ async def copy(  # the parameters are the promise of ``Context.copy``
         await work.log(events.UPLOAD_OPENED)
         try:
             await work.run(source, headers, etag)
-            return await work.publish(to, overwrite)
+            return await work.publish()
         except Fenced as error:
             if isinstance(error, VersionConflict) or attempt.lost:
                 raise
@@ -253,22 +257,38 @@ class _Copy:
         self.attempt.progress.transfers[self.name] = self.state
         return Incomplete(f"{error}: starting afresh")
 
-    async def publish(self, to: str, overwrite: bool) -> ObjectInfo:
+    async def publish(self) -> ObjectInfo:
         """Make the object visible, whole."""
-        if overwrite:
-            # Nothing in the store tells a zombie's replacement from ours: ask the log, then replace.
-            await self._mark()
-            await self.log(events.BATCH_WRITTEN)
-        elif self.attempt.lost:
-            raise Fenced(f"{to}: the lease of this attempt was lost; another one has the unit")
+        # The log first: it refuses whoever has been overtaken, and it tells the next attempt, should this one
+        # die in between, by what to know the object for its own.
+        whole = Position(self.offset, 0, self.crc)
+        await self._mark()
+        self.state = msgspec.structs.replace(self.state, whole=whole)
+        await self.log(events.BATCH_WRITTEN)
         landed = await self.upload.commit()
-        moved = Counts(bytes_in=self.offset, bytes_out=self.offset)
-        progress = self.attempt.progress
-        progress.counts.add(moved)
-        progress.transfers[self.name] = Transfer(
-            position=Position(self.offset, 0, self.crc), etag=self.state.etag, done=True, counts=moved
-        )
+        _done(self.attempt, self.name, whole, self.state.etag)
         return landed
+
+
+def _done(attempt: Attempt, name: str, whole: Position, etag: str) -> None:
+    moved = Counts(bytes_in=whole.offset, bytes_out=whole.offset)
+    attempt.progress.counts.add(moved)
+    attempt.progress.transfers[name] = Transfer(position=whole, etag=etag, done=True, counts=moved)
+
+
+async def _landed(attempt: Attempt, target: Store, to: str, whole: Position) -> ObjectInfo | None:
+    """The object under `to`, if it is the one that an earlier attempt had proven and was about to show."""
+    if not whole.offset:
+        return None
+    found = await target.head(to)
+    if found is None or found.size not in (-1, whole.offset):
+        return None
+    length, crc = 0, 0
+    async with target.read(to, etag=found.etag) as body:
+        async for block in body:
+            crc = inflater().crc32(block, crc)
+            length += len(block)
+    return found if (length, crc) == (whole.offset, whole.crc) else None
 
 
 # --------------------------------------------------------------------------- records

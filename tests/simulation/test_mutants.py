@@ -134,6 +134,20 @@ def loading_crashed() -> list[str]:
     return crashed(loading)
 
 
+def occupied() -> list[str]:
+    """Something else stands already where an archive is to land."""
+    theirs, url = b"not ours", "lake://raw/2024-01-01-0.json.gz"
+
+    async def main(loop: VirtualLoop) -> list[str]:
+        lab = Lab(loop, landing)
+        publish(lab)
+        lab.world.lake.objects[url] = theirs
+        await lab.until_done(lab.process(), lab.run())
+        return [] if lab.world.lake.objects[url] == theirs else ["what stood there is gone"]
+
+    return run(main, seed=0)
+
+
 def torn() -> list[str]:
     """A process dies at any of its callbacks, in the middle of whatever it does; another one takes over."""
 
@@ -329,10 +343,10 @@ def position_before_effect(patch: Patch) -> None:
     """That an object is whole and visible is logged, then it is made so."""
     publish = transfer._Copy.publish
 
-    async def logged_first(self: Any, to: str, overwrite: bool) -> ObjectInfo:
+    async def logged_first(self: Any) -> ObjectInfo:
         self.state = Transfer(position=Position(self.offset, 0, self.crc), done=True)
         await self.log("batch.written")
-        return await publish(self, to, overwrite)
+        return await publish(self)
 
     patch.setattr(transfer._Copy, "publish", logged_first)
 
@@ -385,6 +399,7 @@ def batches_taken_twice(patch: Patch) -> None:
 SCENARIOS = (
     landing_crashed,
     loading_crashed,
+    occupied,
     torn,
     zombies,
     unfinished,
@@ -400,7 +415,7 @@ MUTANTS: Sequence[tuple[Callable[[Patch], None], Callable[[], list[str]]]] = (
     (position_before_effect, landing_crashed),
     (one_token_for_all, zombies),
     (no_proof, truncated),
-    (uploads_replace, landing_crashed),
+    (uploads_replace, occupied),
     (batches_taken_twice, loading_crashed),
 )
 

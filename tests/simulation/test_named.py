@@ -7,8 +7,6 @@ import gzip
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-import pytest
-
 from flowlane import Context, Event, Lane, Permanent, Policy, Retryable, Unit, events
 from flowlane.deadline import Deadline
 from flowlane.recipes import http_archive
@@ -402,7 +400,6 @@ def test_a_lease_that_is_lost_while_the_log_is_slow_costs_no_slot() -> None:
         run(main, seed=seed)
 
 
-@pytest.mark.xfail(reason="an effect that no log tells of stands in the way of the next attempt", strict=True)
 def test_an_archive_published_anew_after_it_landed_and_before_that_was_logged() -> None:
     """What an earlier attempt made visible is whole and proven; the unit should end settled, not dead."""
 
