@@ -274,7 +274,7 @@ class Engine:
             await self.repeat_obligations(head)
             await delivery.ack()
             return "settled"
-        attempt = slot.attempt = Attempt(self, handling, delivery, head, deadline)
+        attempt = Attempt(self, handling, delivery, head, deadline)
         attempt.began = slot.began
         entered = False
         try:
@@ -291,6 +291,7 @@ class Engine:
             first = head if head.version == 1 else await self._first(head.subject)
             attempt.event = self._typed(handling, first)
             entered = entered or self._enter(head.subject)
+            slot.attempt = attempt
             if handling.generator:
                 await self._discover(handling, attempt)
             elif (result := await handling.handler(attempt.event, attempt)) is not None:
@@ -303,6 +304,10 @@ class Engine:
             self.committer.submit(attempt.conclude(attempt.kind), attempt)
             return attempt
         except Exception as error:  # noqa: BLE001  # a stage may raise anything; classified there
+            if slot.attempt is None and not isinstance(error, Permanent | ConfigError | Fenced):
+                # Log or queue are away. Nothing was attempted, so nothing failed: the lease runs out.
+                logger.warning("%s is left for later: %s", head.subject, describe(error))
+                return "released"
             return await self.fail(attempt, error)
         finally:
             if entered:
