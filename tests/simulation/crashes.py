@@ -62,7 +62,7 @@ def lane(process: Process) -> list[Lane]:
         to="lake://raw/",
         max_gap="1h",
         policy=Policy(
-            concurrency=2, retries=2, timeout=60.0, backoff=0.1, backoff_cap=0.1, lease=1.5, hops=5
+            concurrency=2, retries=4, timeout=60.0, backoff=0.1, backoff_cap=0.1, lease=1.5, hops=5
         ),
     )
     return [archive]
