@@ -129,6 +129,10 @@ async def open_application(
             raise ConfigError(f"two lanes are called {name!r}: their streams would mix; rename one")
     clock = clock or SystemClock()
     registry = registry or Registry.load()
+    if told := next((lane.name for lane in lanes for stage in lane.stages if stage.policy.notify), ""):
+        raise ConfigError(
+            f"lane {told}: notify= is not served yet: write a stage on lane.completed or lane.failed"
+        )
     async with AsyncExitStack() as stack:
         connections = OpenConnections(registry, clock, stack, allow_private=settings.allow_private_hosts)
         used = backend
