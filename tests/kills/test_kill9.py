@@ -6,7 +6,7 @@ from tests.kills.campaign import Campaign
 
 
 def test_two_workers_on_one_file_survive_fifty_kills(tmp_path: Path) -> None:
-    campaign = Campaign(tmp_path, hours=1200, seed=1)
-    campaign.run(kills=50, seconds=120)
+    campaign = Campaign(tmp_path, hours=2400, seed=1)
+    campaign.run(kills=50, seconds=200)
     assert sum(campaign.hits.values()) >= 50, (campaign.hits, campaign.misses)
     assert all(campaign.hits[phase] >= 5 for phase in ("effect", "commit", "ack")), campaign.hits

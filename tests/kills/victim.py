@@ -154,7 +154,7 @@ def serve_archives(hours: int, pipe: Connection) -> None:
 
     async def forever() -> None:
         async with LyingServer() as server:
-            serve_all(server, 0.2)
+            serve_all(server, 0.4)
             pipe.send(server.url("").rstrip("/"))
             await asyncio.to_thread(pipe.recv)
             serve_all(server, 0.0)
