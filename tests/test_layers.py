@@ -16,6 +16,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     2: (
         "attempt",
         "committer",
+        "discovery",
         "deadline",
         "engine",
         "plan",

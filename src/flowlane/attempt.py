@@ -7,7 +7,6 @@ another attempt takes the unit over, everything this one still wants to commit i
 from __future__ import annotations
 
 import asyncio
-import builtins
 import inspect
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -18,9 +17,10 @@ import msgspec
 
 from flowlane import events
 from flowlane.deadline import Deadline, Interrupted
+from flowlane.discovery import Findings
 from flowlane.errors import ConfigError, Fenced, Permanent, VersionConflict
 from flowlane.events import Event
-from flowlane.lane import Dead, F, Fact, Stage, Unit, fact_stream, stream_of
+from flowlane.lane import Dead, F, Fact, Stage, fact_stream
 from flowlane.ports import (
     Append,
     Commit,
@@ -39,48 +39,32 @@ from flowlane.transfer import Selection, copy, load
 if TYPE_CHECKING:
     from flowlane.engine import Engine, Handling
 
-#: Children registered by one commit; with its own event, facts and tallies it stays below MAX_ACTIONS.
-CHUNK = 64
-#: Seconds that a unit found may wait for others to be registered with.
-PATIENCE = 1.0
 _MAX_STEP_RESULT = 64 * 1024
-#: A payload below this makes no event too long.
-_SURELY_FITS = events.MAX_EVENT_BYTES - 8192
 _NO_COUNTS = Counts()
+Outcome = Literal["settled", "dead", "retried", "continued", "conflict", "released", "failed"]
 Terminal = Literal["unit.settled", "unit.skipped", "unit.superseded", "unit.dead"]
 
 
 class Attempt:
     """One handling of one delivery; the handler sees it as its ``Context``."""
 
-    __slots__ = (
-        "_busy",
-        "_children",
-        "_facts",
-        "_known",
-        "_logged",
-        "_logged_at",
-        "_ordinal",
-        "_progress",
-        "_waiting_since",
-        "beating",
-        "began",
-        "deadline",
-        "delivery",
-        "ending",
-        "engine",
-        "event",
-        "final",
-        "handling",
-        "kind",
-        "lost",
-        "moved",
-        "origin",
-        "outcome",
-        "stage",
-        "started",
-        "version",
-    )
+    # Defaults of the class: most attempts are short, and most of these are never set.
+    started = False
+    lost = False
+    moved = False
+    began = 0.0
+    kind: Terminal = "unit.settled"
+    final: Event | None = None
+    #: Not a closure: it would hold the attempt, and each would wait for the garbage collector.
+    ending: tuple[Terminal, str] | tuple[str, float, str] = ("unit.settled", "")
+    outcome: Outcome = "released"
+    beating: tuple[Event, asyncio.Future[Committed | VersionConflict]] | None = None
+    _progress: Progress | None = None
+    _findings: Findings | None = None
+    _ordinal = 0
+    _logged = events.EMPTY
+    _logged_at = 0.0
+    _busy = False
 
     def __init__(
         self, engine: Engine, handling: Handling, delivery: Delivery, origin: Event, deadline: Deadline
@@ -93,25 +77,6 @@ class Attempt:
         self.event = origin
         self.version = origin.version
         self.deadline = deadline
-        self.started = False
-        self.lost = False
-        self.moved = False
-        self.began = 0.0
-        self.kind: Terminal = "unit.settled"
-        self.final: Event | None = None
-        # Not a closure: it would hold the attempt, and each would wait for the garbage collector.
-        self.ending: tuple[Terminal, str] | tuple[str, float, str] = ("unit.settled", "")
-        self.outcome = ""
-        self._progress: Progress | None = None
-        self._children: builtins.list[tuple[Event, Handling]] = []
-        self._facts: dict[str, tuple[int, Event]] = {}
-        self._known: dict[str, int] = {}
-        self._ordinal = 0
-        self._logged = events.EMPTY
-        self._logged_at = 0.0
-        self._busy = False
-        self.beating: tuple[Event, asyncio.Future[Committed | VersionConflict]] | None = None
-        self._waiting_since = 0.0
 
     # ------------------------------------------------------------------ what it stands for
 
@@ -264,154 +229,61 @@ class Attempt:
 
     # ------------------------------------------------------------------ discovery
 
+    @property
+    def findings(self) -> Findings:
+        """What the handler has found that is not committed yet."""
+        if self._findings is None:
+            self._findings = Findings()
+        return self._findings
+
     def found(self, item: Any) -> bool:
         """Take the unit that the handler yielded; whether it is time to ``flush``.
 
         Raises:
-            Permanent: it is no unit, or no stage handles such units.
+            Permanent: see ``Findings.add``.
         """
-        if not isinstance(item, Unit):
-            raise Permanent(
-                f"stage {self.stage.name} yielded {item!r:.80}: yield units (or facts), nothing else"
-            )
         now = self.engine.clock.monotonic()
-        self._add_child(item, now)
-        return self._flush_is_due(now)
+        findings = self.findings
+        findings.add(self, item, now)
+        return findings.due(now) or self.lost or self.deadline.near(now)
 
     async def concluded(self, fact: Fact) -> bool:
         """Take the fact that the handler yielded, to be appended with the units yielded before it; whether it
         is time to ``flush``."""
-        await self._add_fact(fact)
-        return self._flush_is_due(self.engine.clock.monotonic())
-
-    def _flush_is_due(self, now: float) -> bool:
-        if not self._waiting_since:
-            self._waiting_since = now
-        return (
-            len(self._children) + len(self._facts) >= CHUNK
-            or now - self._waiting_since > PATIENCE
-            or self.lost
-            or self.deadline.near(now)
-        )
-
-    def _add_child(self, unit: Unit, now: float) -> None:
-        engine, head, lane = self.engine, self.origin, self.stage.lane
-        kind = unit.unit_type
-        handling = engine.handling(lane, kind)
-        if handling is None:
-            raise Permanent(
-                f"stage {self.stage.name} yielded {type(unit).__name__}, "
-                f"which no stage of lane {lane} handles"
-            )
-        stream = stream_of(lane, unit)
-        if stream in self._known:
-            return
-        child = Event(
-            engine.next_id(),
-            lane,
-            kind,
-            stream,
-            engine.stamp(now),
-            msgspec.Raw(events.encode_data(unit)),
-            1,
-            head.run,
-            head.round,
-            self.event.id,
-            handling.name,
-            handling.cut,
-            unit.unit_schema,
-            head.traceparent,
-        )
-        if len(child.data) > _SURELY_FITS:
-            events.encode(child)  # refused now, by name, rather than with all that is committed along with it
-        self._known[stream] = 0
-        self._children.append((child, handling))
-
-    async def _add_fact(self, fact: Fact) -> None:
-        stream = stream_of(self.lane, fact) if fact.unit_key else f"{self.lane}/{fact.unit_type}"
-        if stream not in self._known:
-            head = (await self.engine.backend.last([stream])).get(stream)
-            self._known[stream] = head.version if head else 0
-        expected = self._known[stream]
-        event = Event(
-            self.engine.next_id(),
-            self.lane,
-            fact.unit_type,
-            stream,
-            self.engine.stamp(),
-            msgspec.Raw(events.encode_data(fact)),
-            expected + 1,
-            self.run,
-            self.origin.round,
-            self.event.id,
-            "",
-            "",
-            fact.unit_schema,
-        )
-        self._facts[stream] = (expected, event)
+        await self.findings.conclude(self, fact)
+        now = self.engine.clock.monotonic()
+        return self.findings.due(now) or self.lost or self.deadline.near(now)
 
     async def flush(self) -> None:
         """Register what was found so far, fenced by a progress event on the finder's own stream."""
-        if not self._children and not self._facts:
+        findings = self.findings
+        if not findings:
             return
         async with self._logs():
             while True:
-                self.progress.children += len(self._children)
-                own = self.make(events.DISCOVERY_PROGRESS, self.progress)
+                own = self._make_counting(events.DISCOVERY_PROGRESS)
                 result = await self.engine.commit(self._commit(own, ()))
                 if not isinstance(result, VersionConflict):
                     break
-                self.progress.children -= len(self._children)
-                self.drop_known(result)
+                findings.leave_out(result)
+            self.progress.children += len(findings.children)
             self._note_logged(own)
-        moved = bool(self._children or self._facts)
-        self._forget()
+        moved = bool(findings)
+        findings.committed()
         if moved:
             self.note_move()
-
-    def _forget(self) -> None:
-        for stream, (expected, _) in self._facts.items():
-            self._known[stream] = expected + 1
-        for child, _ in self._children:
-            self._known.pop(child.subject, None)
-        self._children = []
-        self._facts = {}
-        self._waiting_since = 0.0
-
-    def drop_known(self, conflict: VersionConflict) -> None:
-        """Leave out the children that exist already, so that the rest can be committed.
-
-        Raises:
-            VersionConflict: it is not (only) children that conflict.
-        """
-        left = [found for found in self._children if found[0].subject not in conflict.heads]
-        if len(self._children) - len(left) != len(conflict.heads):
-            raise conflict
-        self._children = left
 
     def _commit(
         self, own: Event, tally: Sequence[Tally], *, ack: Delivery | None = None, again: float = -1.0
     ) -> Commit:
         first = Append(own.subject, self.version, (own,))
-        if not self._children and not self._facts:
+        if not self._findings:
             publish = (Publish(own, self.handling.queue, again),) if again >= 0 else ()
             return Commit((first,), publish, tally, ack)
-        appends = [first]
-        published = []
-        found: dict[str, int] = {}
-        for child, handling in self._children:
-            appends.append(Append(child.subject, 0, (child,)))
-            published.append(Publish(child, handling.queue))
-            if handling.counted:
-                found[handling.name] = found.get(handling.name, 0) + 1
-        for stream, (expected, event) in self._facts.items():
-            appends.append(Append(stream, expected, (event,)))
-        tallies = list(tally)
-        for stage, count in found.items():
-            tallies.append(Tally(own.run, own.round, stage, count))
+        appends, published, tallies = self._findings.actions(own)
         if again >= 0:
             published.append(Publish(own, self.handling.queue, again))
-        return Commit(appends, published, tallies, ack)
+        return Commit((first, *appends), published, (*tally, *tallies), ack)
 
     # ------------------------------------------------------------------ ending
 
@@ -420,13 +292,13 @@ class Attempt:
         self.ending = (kind, reason)
         untouched = self._progress is None and not reason and self.origin.version == 1
         if untouched:  # what its progress would be, without making one for each of many small units
-            found = len(self._children)
+            found = len(self._findings.children) if self._findings else 0
             self.final = self.make(kind, {"children": found} if found else None)
         else:
             if kind != events.UNIT_SKIPPED:
                 self.progress.reason = reason
             self.progress.delay = 0.0
-            self.final = self._make_last(kind)
+            self.final = self._make_counting(kind)
         commit = self._commit(self.final, self._final_tally(kind), ack=self.delivery)
         if kind == "unit.dead":
             commit = self._with_notice(commit, reason)
@@ -436,8 +308,7 @@ class Attempt:
         """The commit that ends the unit as dead for `reason` (or the one it was to be dead for already), with
         the progress of `head`, its last event, and without anything found since."""
         self._progress = progress(head)
-        self._children = []
-        self._facts = {}
+        self.findings.discard()
         known = self.ending[1] if len(self.ending) == 2 and self.ending[0] == "unit.dead" else ""
         return self.conclude("unit.dead", known or reason)
 
@@ -447,7 +318,7 @@ class Attempt:
         Raises:
             VersionConflict: the unit itself (or a fact) has moved on.
         """
-        self.drop_known(conflict)
+        self.findings.leave_out(conflict)
         if len(self.ending) == 3:
             return self.postpone(*self.ending)
         return self.conclude(*self.ending)
@@ -493,11 +364,6 @@ class Attempt:
         )
 
     @property
-    def has_facts(self) -> bool:
-        """Whether a fact is part of what is not committed yet."""
-        return bool(self._facts)
-
-    @property
     def cut(self) -> str:
         """The cutting policy recorded in the unit's first event."""
         return self.event.cut
@@ -508,16 +374,17 @@ class Attempt:
         self.ending = (kind, delay, reason)
         self.progress.reason = reason
         self.progress.delay = delay
-        self.final = self._make_last(kind)
+        self.final = self._make_counting(kind)
         return self._commit(self.final, (), ack=self.delivery, again=delay)
 
-    def _make_last(self, kind: str) -> Event:
-        """The event that ends the attempt, which counts the children committed with it."""
-        self.progress.children += len(self._children)
+    def _make_counting(self, kind: str) -> Event:
+        """The next event of the stream, which counts the children committed with it."""
+        found = len(self.findings.children)
+        self.progress.children += found
         try:
             return self.make(kind, self.progress)
         finally:
-            self.progress.children -= len(self._children)
+            self.progress.children -= found
 
     # ------------------------------------------------------------------ the rest of the context
 
@@ -533,7 +400,7 @@ class Attempt:
     async def recall(self, fact: type[F], **key: Any) -> F | None:
         stream = fact_stream(self.lane, fact, key)
         head = (await self.engine.backend.last([stream])).get(stream)
-        self._known[stream] = head.version if head else 0
+        self.findings.recalled(stream, head.version if head else 0)
         return None if head is None else self.engine.payload(head, fact)
 
     def rows(self, url: str, **options: Any) -> Rows:

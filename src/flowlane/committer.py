@@ -14,10 +14,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from flowlane.errors import Permanent, VersionConflict
-from flowlane.ports import Commit, Committed
+from flowlane.ports import Commit, Committed, Delivery
 
 if TYPE_CHECKING:
-    from flowlane.attempt import Attempt
+    from flowlane.attempt import Attempt, Outcome
     from flowlane.engine import Engine
 
 Answer = Committed | VersionConflict | BaseException
@@ -30,8 +30,8 @@ _RESOLVERS = 4
 class Committer:
     """Commits in groups while its context is open, one by one otherwise.
 
-    Leaving the context waits until all that was handed in is through; ``on_settled`` is told of every
-    attempt whose last commit is.
+    Leaving the context waits until all that was handed in is through; ``on_ended`` is told of every
+    delivery whose last commit is, and what became of it.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -43,7 +43,7 @@ class Committer:
         self._closing = False
         self._open = False
         self._stack = AsyncExitStack()
-        self.on_settled: Callable[[Attempt], None] = lambda attempt: None
+        self.on_ended: Callable[[Delivery, Outcome], None] = lambda delivery, outcome: None
 
     async def __aenter__(self) -> Committer:
         await self._stack.enter_async_context(self._opened())
@@ -155,7 +155,7 @@ class Committer:
                 else:
                     who.set_result(answer)
             elif type(answer) is Committed and answer.tally is not None and not answer.tally:
-                self.on_settled(who)
+                self.on_ended(who.delivery, who.outcome)
             else:
                 self._unresolved += 1
                 self._open_ends.put_nowait((commit, who, answer))
@@ -165,7 +165,7 @@ class Committer:
             commit, attempt, answer = work
             try:
                 await self._engine.resolve(commit, attempt, answer)
-                self.on_settled(attempt)
+                self.on_ended(attempt.delivery, attempt.outcome)
             finally:
                 self._unresolved -= 1
                 self._open_ends.task_done()

@@ -11,12 +11,12 @@ import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from flowlane import events
-from flowlane.attempt import Attempt
+from flowlane.attempt import Attempt, Outcome
 from flowlane.clock import Clock, rfc3339
 from flowlane.committer import Committer
 from flowlane.deadline import Deadline, Interrupted
@@ -42,8 +42,6 @@ from flowlane.transfer import quarantine_url
 if TYPE_CHECKING:
     from flowlane.pump import Slot
 
-Outcome = Literal["settled", "dead", "retried", "continued", "conflict", "released", "failed"]
-
 logger = logging.getLogger("flowlane")
 
 #: Event types that only a running attempt appends: a young one means that somebody is at work.
@@ -65,7 +63,18 @@ _DECISIVE = (Fenced, ConfigError, Permanent, Superseded, Retryable, Interrupted)
 class Handling:
     """A stage with what the engine looks up for each of its deliveries."""
 
-    __slots__ = ("_settled", "counted", "cut", "decoder", "generator", "handler", "name", "queue", "stage")
+    __slots__ = (
+        "_found",
+        "_settled",
+        "counted",
+        "cut",
+        "decoder",
+        "generator",
+        "handler",
+        "name",
+        "queue",
+        "stage",
+    )
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
@@ -74,6 +83,7 @@ class Handling:
         self.counted = stage.counted
         self.handler = stage.handler
         self._settled = (Tally("", 0, stage.name, 0, 1),)
+        self._found = Tally("", 0, stage.name, 1)
         self.cut = str(stage.policy.cut)
         self.decoder = msgspec.json.Decoder(stage.unit)
         self.generator = inspect.isasyncgenfunction(stage.handler)
@@ -89,6 +99,15 @@ class Handling:
         if known.run != run or known.round != round:
             self._settled = (Tally(run, round, self.name, 0, 1),)
         return self._settled
+
+    def found(self, run: str, round: int, count: int) -> Tally:
+        """What registering `count` units adds to their run's counters."""
+        if count > 1:
+            return Tally(run, round, self.name, count)
+        known = self._found
+        if known.run != run or known.round != round:
+            known = self._found = Tally(run, round, self.name, 1)
+        return known
 
 
 class Engine:
@@ -451,7 +470,7 @@ class Engine:
         if attempt.lost:
             return True
         head = (await self.backend.last([attempt.unit])).get(attempt.unit)
-        return head is None or head.version != attempt.version or attempt.has_facts
+        return head is None or head.version != attempt.version or attempt.findings.has_facts
 
     async def conflict(self, delivery: Delivery) -> Outcome:
         """Somebody else decided first: if the unit has ended, see that what it owes is done; otherwise leave

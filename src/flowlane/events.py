@@ -8,7 +8,7 @@ no attribute for is an extension, named in lower case as the spec demands.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -47,11 +47,12 @@ LANE_FAILED: Final = "lane.failed"
 LANE_DEAD: Final = "lane.dead"
 
 
-class Event(msgspec.Struct, frozen=True, tag_field="specversion", tag="1.0", gc=False):
+class Event(msgspec.Struct, frozen=True, tag_field="specversion", tag="1.0", omit_defaults=True, gc=False):
     """One fact: a CloudEvents 1.0 envelope.
 
     ``data`` is the payload: JSON bytes (``msgspec.Raw``) in the log and on wires; the typed unit in the
-    event that a stage's handler is given.
+    event that a stage's handler is given. On the wire, what has its default is left out (a missing
+    ``datacontenttype`` stands for JSON: JSON format 1.0.2, section 3.1).
     """
 
     id: str
@@ -59,7 +60,10 @@ class Event(msgspec.Struct, frozen=True, tag_field="specversion", tag="1.0", gc=
     type: str
     subject: str  #: the stream, i.e. the unit of work
     time: str  #: RFC 3339, UTC
-    data: Any = EMPTY
+    if TYPE_CHECKING:
+        data: Any = EMPTY
+    else:  # decoded as JSON bytes; a constructor does not look at types
+        data: msgspec.Raw = EMPTY
     version: int = 0  #: extension: place in the stream, from 1
     run: str = ""  #: extension: the stream of the run that caused it
     round: int = 0  #: extension: the run's round (its count of redrives)
@@ -75,6 +79,8 @@ _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Event)
 _raw_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
+_TAB, _LF, _CR = b"\t\n\r"  # as numbers: those are found several times as fast in bytes
+
 encode_data = _encoder.encode
 
 
@@ -85,7 +91,7 @@ def encode(event: Event) -> bytes:
         Permanent: the event is longer than ``MAX_EVENT_BYTES``.
     """
     raw = _encoder.encode(event)
-    if b"\n" in raw or b"\r" in raw or b"\t" in raw:  # never in a string: somebody's layout of the payload
+    if _LF in raw or _CR in raw or _TAB in raw:  # never in a string: somebody's layout of the payload
         raw = msgspec.json.format(raw, indent=-1)
     if len(raw) > MAX_EVENT_BYTES:
         raise Permanent(
@@ -111,7 +117,7 @@ def decode(raw: bytes | str) -> Event:
         raise Permanent(f"not a CloudEvents 1.0 event: {error}") from None
     if "specversion" not in fields:  # msgspec takes a missing tag for the only one there is
         raise Permanent("not a CloudEvents 1.0 event: Object missing required field `specversion`")
-    return msgspec.structs.replace(event, data=fields.get("data", EMPTY))
+    return event
 
 
 Upcaster = Callable[[Any], Any]

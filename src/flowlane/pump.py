@@ -58,7 +58,7 @@ class _Station:
         self.buffer: deque[Delivery] = deque()
         self.idle: deque[asyncio.Future[None]] = deque()
         self.slots = [Slot() for _ in range(self.concurrency)]
-        self.held: dict[int, tuple[Delivery, float]] = {}
+        self.held: dict[Delivery, float] = {}  # since when
         self.target = self.concurrency
         self.room: asyncio.Future[None] | None = None
         self.settled = 0
@@ -67,7 +67,7 @@ class _Station:
     def feed(self, deliveries: Sequence[Delivery], now: float) -> None:
         """Put deliveries into the buffer and wake as many slots."""
         for delivery in deliveries:
-            self.held[id(delivery)] = (delivery, now)
+            self.held[delivery] = now
         self.buffer.extend(deliveries)
         for _ in range(min(len(self.idle), len(deliveries))):
             waiting = self.idle.popleft()
@@ -76,7 +76,7 @@ class _Station:
 
     def release(self, delivery: Delivery) -> None:
         """The delivery is settled, one way or the other: there is room for another."""
-        if self.held.pop(id(delivery), None) is not None:
+        if self.held.pop(delivery, None) is not None:
             self.settled += 1
         room = self.room
         if room is not None and not room.done() and len(self.held) * 2 <= self.target:
@@ -124,7 +124,7 @@ class Pump:
     @asynccontextmanager
     async def _open(self) -> AsyncIterator[None]:
         committer = self.engine.committer
-        committer.on_settled = self._on_settled
+        committer.on_ended = self._ended
         async with committer, asyncio.TaskGroup() as tasks:
             for station in self._stations.values():
                 for slot in station.slots:
@@ -235,23 +235,19 @@ class Pump:
                 self._ended(delivery, "released")
                 continue
             slot.delivery = delivery
-            result = await self._handle(slot, delivery)
+            result: Attempt | Outcome
+            try:
+                result = await self.engine.process(delivery, self.deadline, slot)
+            except asyncio.CancelledError:
+                result = await self._interrupted(slot, delivery)
+            except Exception:  # noqa: BLE001  # the log or the queue is away; the lease will run out
+                result = "released"
+            if slot.why is not None:
+                await self._absorb(slot)
             slot.delivery = None
             slot.attempt = None
             if type(result) is str:
                 self._ended(delivery, result)
-
-    async def _handle(self, slot: Slot, delivery: Delivery) -> Attempt | Outcome:
-        result: Attempt | Outcome
-        try:
-            result = await self.engine.process(delivery, self.deadline, slot)
-        except asyncio.CancelledError:
-            return await self._interrupted(slot, delivery)
-        except Exception:  # noqa: BLE001  # the log or the queue is away; the lease will run out
-            result = "released"
-        if slot.why is not None:
-            await self._absorb(slot)
-        return result
 
     async def _give_back(self, delivery: Delivery) -> None:
         with suppress(Exception):  # the queue is away; the lease will run out
@@ -281,9 +277,6 @@ class Pump:
         slot.why = None
         if slot.task.uncancel() > 0:
             raise asyncio.CancelledError
-
-    def _on_settled(self, attempt: Attempt) -> None:
-        self._ended(attempt.delivery, attempt.outcome)  # type: ignore[arg-type]  # set from Outcome's values
 
     def _ended(self, delivery: Delivery, outcome: Outcome) -> None:
         if self._awaited:
@@ -338,21 +331,21 @@ class Pump:
                 self._lost(station, delivery)
 
     async def _keep_leases(self, station: _Station, now: float) -> None:
-        due = [(key, d) for key, (d, since) in station.held.items() if now - since >= station.lease / 3]
+        due = [held for held, since in station.held.items() if now - since >= station.lease / 3]
         if not due:
             return
         try:
             async with asyncio.timeout(station.lease / 3):
                 answers = await asyncio.gather(
-                    *(d.extend(station.lease) for _, d in due), return_exceptions=True
+                    *(delivery.extend(station.lease) for delivery in due), return_exceptions=True
                 )
         except TimeoutError:
             return  # asked again at the next tick; a lease that runs out meanwhile is found lost then
-        for (key, delivery), answer in zip(due, answers, strict=True):
-            if key not in station.held:
+        for delivery, answer in zip(due, answers, strict=True):
+            if delivery not in station.held:
                 continue
             if answer is True:
-                station.held[key] = (delivery, now)
+                station.held[delivery] = now
             elif answer is False:
                 self._lost(station, delivery)
 

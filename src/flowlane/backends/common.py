@@ -10,7 +10,7 @@ import msgspec
 
 from flowlane.errors import Permanent
 from flowlane.events import MAX_ACTIONS, MAX_EVENT_BYTES, Event, encode, encode_data
-from flowlane.ports import ChannelBatch, Commit
+from flowlane.ports import Append, ChannelBatch, Commit
 from flowlane.state import Counts, RunTally, StageTally
 
 #: A channel's records are spread over this many partitions, by their key.
@@ -32,27 +32,31 @@ def partition(key: str) -> int:
     return zlib.crc32(key.encode()) % PARTITIONS
 
 
-def check(work: Sequence[Commit]) -> None:
-    """Refuse malformed commits before any of `work` is applied.
+def checked(work: Sequence[Commit]) -> Sequence[Commit]:
+    """`work` with every payload as immutable JSON bytes; malformed commits are refused before any is applied.
 
     Raises:
         Permanent: a commit holds more than ``MAX_ACTIONS`` actions, names one stream twice, or appends no
             event, or one that does not belong where it is put (subject, version) or is too long.
     """
+    fit: list[Commit] = []
     for commit in work:
         appends = commit.appends
         actions = len(commit.tally)
+        plain = True
         for append in appends:
-            version = append.expected
+            stream, version = append.stream, append.expected
             if not append.events:
-                raise Permanent(f"a commit appends nothing to {append.stream}")
+                raise Permanent(f"a commit appends nothing to {stream}")
             for event in append.events:
                 version += 1
-                if event.version != version or event.subject != append.stream:
+                if event.version != version or event.subject != stream:
                     raise Permanent(
                         f"event {event.id} ({event.type}) of {event.subject} version {event.version} "
-                        f"cannot be version {version} of {append.stream}"
+                        f"cannot be version {version} of {stream}"
                     )
+                data = event.data
+                plain = plain and type(data) is msgspec.Raw and len(data) <= _SURELY_FITS
             actions += version - append.expected
         if actions > MAX_ACTIONS:
             raise Permanent(
@@ -60,14 +64,16 @@ def check(work: Sequence[Commit]) -> None:
             )
         if len(appends) > 1 and len({append.stream for append in appends}) < len(appends):
             raise Permanent(f"a commit appends twice to one stream: {[append.stream for append in appends]}")
+        fit.append(commit if plain else _sealed(commit))
+    return fit
 
 
-def sealed(event: Event) -> Event:
-    """`event` with its payload as immutable JSON bytes, as the log holds it.
+def _sealed(commit: Commit) -> Commit:
+    appends = [Append(a.stream, a.expected, [_seal(event) for event in a.events]) for a in commit.appends]
+    return msgspec.structs.replace(commit, appends=appends)
 
-    Raises:
-        Permanent: it is longer than ``MAX_EVENT_BYTES``.
-    """
+
+def _seal(event: Event) -> Event:
     if not isinstance(event.data, msgspec.Raw):
         event = msgspec.structs.replace(event, data=msgspec.Raw(encode_data(event.data)))
     if len(event.data) > _SURELY_FITS:

@@ -22,11 +22,10 @@ from flowlane.backends.common import (
     CHANNEL_LEASE,
     PARTITIONS,
     News,
-    check,
+    checked,
     consume,
     copy_tally,
     partition,
-    sealed,
 )
 from flowlane.clock import Clock
 from flowlane.errors import ConfigError, VersionConflict, redact
@@ -56,6 +55,16 @@ _CHUNK = 512
 _SHORT = 8
 
 
+class _Stream(msgspec.Struct, eq=False, gc=False):
+    """One stream: its events, and how many entries it has in all queues, waiting or leased.
+
+    One that only the queue knows (a delivery of an event that was never appended) has no events.
+    """
+
+    events: Sequence[Event] = ()  # see _SHORT
+    queued: int = 0
+
+
 class _Delivery(msgspec.Struct, eq=False, gc=False):
     """``lease`` holds every delivery that was received along with this one and is not settled yet, this one
     among them; ``None`` once it is settled or the lease has ended."""
@@ -65,6 +74,7 @@ class _Delivery(msgspec.Struct, eq=False, gc=False):
     attempt: int
     head: Event | None
     backend: MemoryBackend
+    stream: _Stream
     lease: dict[_Delivery, None] | None
 
     async def ack(self) -> None:
@@ -76,6 +86,7 @@ class _Delivery(msgspec.Struct, eq=False, gc=False):
         backend._expire()
         if backend._release(self):
             backend._put(self.event, self.stage, self.attempt, delay)
+            backend._news()
 
     async def extend(self, seconds: float) -> bool:
         self.backend._expire()
@@ -108,18 +119,6 @@ class _Lane:
         self.history: list[Event] = []
         self.open: dict[str, None] = {}
         self.dead: dict[str, None] = {}
-
-
-def _sealed(commit: Commit) -> Commit:
-    """`commit` with its events as the log holds them; itself, mostly."""
-    for append in commit.appends:
-        for event in append.events:
-            if sealed(event) is not event:
-                appends = [
-                    Append(a.stream, a.expected, [sealed(e) for e in a.events]) for a in commit.appends
-                ]
-                return msgspec.structs.replace(commit, appends=appends)
-    return commit
 
 
 class _Round:
@@ -160,11 +159,10 @@ class MemoryBackend:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._order = count()  # breaks ties in heaps, so that events are never compared
-        self._streams: dict[str, Sequence[Event]] = {}  # see _SHORT
+        self._streams: dict[str, _Stream] = {}
         self._lanes: dict[str, _Lane] = {}
         self._rounds: dict[tuple[str, int], _Round] = {}
         self._queues: dict[str, _Queue] = {}
-        self._queued: dict[str, int] = {}  # stream -> its entries in all queues, waiting or leased
         self._leases: list[tuple[float, int, dict[_Delivery, None]]] = []
         self._spent = 0  # how many of the leases are empty: everything under them has been settled
         self._news = News()
@@ -174,53 +172,56 @@ class MemoryBackend:
     # ----------------------------------------------------------------- log
 
     async def commit(self, work: Sequence[Commit]) -> Sequence[Committed | VersionConflict]:
-        check(work)
-        checked = [_sealed(commit) for commit in work]
+        fit = checked(work)
         self._expire()
-        return [self._apply(commit) for commit in checked]
+        answers = [self._apply(commit) for commit in fit]
+        if any(commit.publish for commit in fit):
+            self._news()
+        return answers
 
     def _apply(self, commit: Commit) -> Committed | VersionConflict:
-        if heads := self._conflicts(commit.appends):
-            return VersionConflict(heads)
+        known = self._streams
+        streams: list[_Stream | None] = []
+        conflict = False
         for append in commit.appends:
-            for event in append.events:
-                self._append(event)
+            stream = known.get(append.stream)
+            streams.append(stream)
+            if append.expected != (len(stream.events) if stream else 0):
+                conflict = True
+        if conflict:
+            heads = [(a, len(s.events) if s else 0) for a, s in zip(commit.appends, streams, strict=True)]
+            return VersionConflict({a.stream: version for a, version in heads if version != a.expected})
+        for append, stream in zip(commit.appends, streams, strict=True):
+            self._append(append, stream)
         if commit.ack is not None:
             # Before the publishing: a reminder of the unit whose delivery this is must not find it queued.
             assert isinstance(commit.ack, _Delivery), "a delivery of another backend"
             self._ack(commit.ack)
         for publish in commit.publish:
             event = publish.event
-            queued = self._queued.get(event.subject, 0)
-            if not (publish.repeat and queued):
-                self._queued[event.subject] = queued + 1
+            stream = known.get(event.subject)
+            if stream is None:
+                stream = known[event.subject] = _Stream()
+            if not (publish.repeat and stream.queued):
+                stream.queued += 1
                 self._put(event, publish.stage, 0, publish.delay)
         return self._count(commit.tally) if commit.tally else _DONE
 
-    def _conflicts(self, appends: Sequence[Append]) -> dict[str, int] | None:
-        heads: dict[str, int] | None = None
-        for append in appends:
-            stream = self._streams.get(append.stream)
-            head = len(stream) if stream else 0
-            if head != append.expected:
-                heads = heads or {}
-                heads[append.stream] = head
-        return heads
-
-    def _append(self, event: Event) -> None:
-        name = event.subject
-        stream = self._streams.get(name)
+    def _append(self, append: Append, stream: _Stream | None) -> None:
+        name, events = append.stream, append.events
         if stream is None:
-            self._streams[name] = (event,)
-        elif isinstance(stream, list):
-            stream.append(event)
+            self._streams[name] = _Stream(tuple(events))
+        elif isinstance(stream.events, list):
+            stream.events.extend(events)
         else:
-            self._streams[name] = (*stream, event) if len(stream) < _SHORT else [*stream, event]
-        lane = self._lanes.get(event.source)
+            longer = (*stream.events, *events)
+            stream.events = longer if len(longer) <= _SHORT else list(longer)
+        last = events[-1]
+        lane = self._lanes.get(last.source)
         if lane is None:
-            lane = self._lanes[event.source] = _Lane()
-        lane.history.append(event)
-        now = state.index(event)
+            lane = self._lanes[last.source] = _Lane()
+        lane.history += events
+        now = state.index(last)
         if now == "open":
             lane.open[name] = None
         else:
@@ -250,11 +251,16 @@ class MemoryBackend:
         return Committed(complete) if complete else _DONE
 
     async def last(self, streams: Sequence[str]) -> Mapping[str, Event]:
-        return {name: found[-1] for name in streams if (found := self._streams.get(name))}
+        known = self._streams
+        return {name: found.events[-1] for name in streams if (found := known.get(name)) and found.events}
 
     async def read(self, stream: str, *, after: int = 0) -> AsyncIterator[Event]:
-        async for event in _follow(self._streams.get(stream, ()), after):
-            yield event
+        position = after
+        while (found := self._streams.get(stream)) and position < len(found.events):
+            yield found.events[position]
+            position += 1
+            if position % _CHUNK == 0:
+                await asyncio.sleep(0)
 
     async def scan(self, lane: str, *, run: str | None = None) -> AsyncIterator[Event]:
         found = self._lanes.get(lane)
@@ -267,7 +273,7 @@ class MemoryBackend:
         streams = found.open if index == "open" else found.dead
         for n, name in enumerate(list(streams), 1):
             if name in streams:  # it may have left meanwhile
-                yield self._streams[name][-1]
+                yield self._streams[name].events[-1]
             if n % _CHUNK == 0:
                 await asyncio.sleep(0)
 
@@ -304,8 +310,9 @@ class MemoryBackend:
             ready = queue.ready
             while ready and len(held) < limit:
                 event, attempt = ready.popleft()
-                stream = streams.get(event.subject)
-                held[_Delivery(event, stage, attempt + 1, stream[-1] if stream else None, self, held)] = None
+                stream = streams[event.subject]
+                head = stream.events[-1] if stream.events else None
+                held[_Delivery(event, stage, attempt + 1, head, self, stream, held)] = None
         if not held:
             return []
         self._lease(held, now + lease)
@@ -319,7 +326,6 @@ class MemoryBackend:
             heappush(queue.delayed, (self._clock.monotonic() + delay, next(self._order), event, attempt))
         else:
             queue.ready.append((event, attempt))
-        self._news()
 
     def _lease(self, held: dict[_Delivery, None], end: float) -> None:
         if self._spent > 1000 and self._spent > len(self._leases) // 2:
@@ -339,6 +345,7 @@ class MemoryBackend:
                 delivery.lease = None
                 self._put(delivery.event, delivery.stage, delivery.attempt, 0)
             held.clear()  # the struct is unknown to the garbage collector: no cycle may be left
+            self._news()
         return now
 
     def _release(self, delivery: _Delivery) -> bool:
@@ -353,12 +360,7 @@ class MemoryBackend:
 
     def _ack(self, delivery: _Delivery) -> None:
         if self._release(delivery):
-            name = delivery.event.subject
-            left = self._queued[name] - 1
-            if left:
-                self._queued[name] = left
-            else:
-                del self._queued[name]
+            delivery.stream.queued -= 1
 
     def _extend(self, delivery: _Delivery, seconds: float) -> bool:
         if not self._release(delivery):
@@ -383,7 +385,8 @@ class MemoryBackend:
         self._leases.clear()
         self._spent = 0
         self._queues.clear()
-        self._queued.clear()
+        for stream in self._streams.values():
+            stream.queued = 0
 
     def channel(self, name: str) -> Channel:
         if name not in self._channels:

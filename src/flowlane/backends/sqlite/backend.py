@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 import msgspec
 
-from flowlane.backends.common import POLL, News, check
+from flowlane.backends.common import POLL, News, checked
 from flowlane.backends.sqlite.channel import SqliteChannel
 from flowlane.backends.sqlite.group import Prepared, Work, prepare
 from flowlane.backends.sqlite.queue import Ack, Extend, Nack, Purge, Receive, entries
@@ -56,9 +56,8 @@ class SqliteBackend:
         self._turn = 0
 
     async def commit(self, work: Sequence[Commit]) -> Sequence[Committed | VersionConflict]:
-        check(work)
         prepared: list[Prepared] = []
-        for commit in work:
+        for commit in checked(work):
             delivery = commit.ack
             assert delivery is None or isinstance(delivery, _Delivery), "a delivery of another backend"
             prepared.append(prepare(commit, delivery.lease if delivery else None))

@@ -16,7 +16,6 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from flowlane import state
-from flowlane.backends.common import sealed
 from flowlane.errors import VersionConflict
 from flowlane.events import encode
 from flowlane.ports import Commit, Committed, Tally
@@ -47,7 +46,7 @@ class Wide(NamedTuple):
     def parts(self, values: list[Any]) -> Iterator[tuple[str, list[Any]]]:
         """The statements that take all of `values`, and what each takes."""
         at = 0
-        for size in (128, 16, 4, 1):
+        for size in (512, 256, 128, 64, 32, 16, 8, 4, 2, 1):
             step = size * self.row.count("?")
             while len(values) - at >= step:
                 yield _sql(self, size), values[at : at + step]
@@ -139,7 +138,7 @@ def prepare(commit: Commit, ack: tuple[int, int] | None) -> Prepared:
     rows: list[tuple[bool, str, int, str, int, str | None]] = []
     for publish in commit.publish:
         event = publish.event
-        text = None if (event.subject, event.version) in own else encode(sealed(event)).decode()
+        text = None if (event.subject, event.version) in own else encode(event).decode()
         rows.append(
             (publish.repeat, publish.stage, ceil(publish.delay * 1000), event.subject, event.version, text)
         )

@@ -8,21 +8,13 @@ from math import ceil
 from typing import Any, Final
 
 import msgspec
-from msgspec.structs import astuple
 
 from flowlane.backends.sqlite.group import settle
 from flowlane.backends.sqlite.writer import WRITE
 from flowlane.events import Event
 
-
-class Stored(Event, frozen=True, tag_field="specversion", tag="1.0", gc=False):
-    """An event as it is decoded: its payload stays JSON bytes."""
-
-    data: msgspec.Raw
-
-
 # id, attempt, the head of the stream, the event itself where it is not the head
-Entry = tuple[int, int, Stored | None, Stored | None]
+Entry = tuple[int, int, Event | None, Event | None]
 
 _entries: Final = msgspec.json.Decoder(list[Entry])
 
@@ -37,7 +29,7 @@ FROM (
     SELECT q.id, q.attempt + 1 AS attempt, q.stream, q.version, q.event,
         h.event AS head, h.version AS head_version
     FROM queue AS q LEFT JOIN log AS h
-        ON h.stream = q.stream AND h.version = (SELECT max(version) FROM log WHERE stream = q.stream)
+        ON h.seq = (SELECT seq FROM log WHERE stream = q.stream ORDER BY version DESC LIMIT 1)
     WHERE q.stage = ? AND q.due <= ? ORDER BY q.due LIMIT ?
 ) AS due
 """
@@ -156,8 +148,7 @@ class Purge(Change):
 
 def entries(text: str) -> Iterator[tuple[int, int, Event | None, Event]]:
     """Id, attempt, head and event of each entry in the answer to ``Receive``."""
-    for number, attempt, stored_head, stored in _entries.decode(text):
-        head = None if stored_head is None else Event(*astuple(stored_head))
-        event = head if stored is None else Event(*astuple(stored))
+    for number, attempt, head, published in _entries.decode(text):
+        event = published or head
         assert event is not None, "an entry without an event is never written"
         yield number, attempt, head, event

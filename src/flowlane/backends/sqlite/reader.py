@@ -9,10 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
 import msgspec
-from msgspec.structs import astuple
 
 from flowlane.backends.sqlite.group import read_tally
-from flowlane.backends.sqlite.queue import Stored
 from flowlane.backends.sqlite.schema import Settings, connect_reader, failure
 from flowlane.events import Event
 from flowlane.ports import Index
@@ -20,7 +18,7 @@ from flowlane.state import RunTally
 
 T = TypeVar("T")
 
-_events: Final = msgspec.json.Decoder(list[Stored])
+_events: Final = msgspec.json.Decoder(list[Event])
 
 # A chunk of an iteration: what is in memory at once, and how long the thread is taken for it.
 _CHUNK: Final = 256
@@ -119,4 +117,4 @@ class Reader:
 
 
 def _decode(text: str | None) -> list[Event]:
-    return [] if text is None else [Event(*astuple(stored)) for stored in _events.decode(text)]
+    return [] if text is None else _events.decode(text)

@@ -1,0 +1,163 @@
+"""What a handler finds: units to register and facts to append, held until a commit takes them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from flowlane import events
+from flowlane.errors import Permanent, VersionConflict
+from flowlane.events import Event
+from flowlane.lane import Fact, Unit, fact_stream, stream_of
+from flowlane.ports import Append, Publish, Tally
+
+if TYPE_CHECKING:
+    from flowlane.attempt import Attempt
+    from flowlane.engine import Handling
+
+#: Children registered by one commit; with its own event, facts and tallies it stays below MAX_ACTIONS.
+CHUNK = 64
+#: Seconds that a unit found may wait for others to be registered with.
+PATIENCE = 1.0
+#: A payload below this makes no event too long.
+_SURELY_FITS = events.MAX_EVENT_BYTES - 8192
+
+
+class Findings:
+    """What one attempt has found and no commit holds yet: at most ``CHUNK`` units and facts, in order.
+
+    Of several facts of one stream the last one counts, since each is cumulative.
+    """
+
+    __slots__ = ("_facts", "_since", "_versions", "children")
+
+    def __init__(self) -> None:
+        self.children: dict[str, tuple[Event, Handling]] = {}  #: by stream: none is found twice
+        self._facts: dict[str, tuple[int, Event]] = {}
+        self._versions: dict[str, int] = {}  # heads of the streams of facts, as this attempt knows them
+        self._since = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self.children or self._facts)
+
+    @property
+    def has_facts(self) -> bool:
+        """Whether a fact is among them."""
+        return bool(self._facts)
+
+    def due(self, now: float) -> bool:
+        """Whether they should be committed by `now`: they are many, or have waited for long."""
+        if not self._since:
+            self._since = now
+        return len(self.children) + len(self._facts) >= CHUNK or now - self._since > PATIENCE
+
+    # ------------------------------------------------------------------ finding
+
+    def add(self, attempt: Attempt, item: Any, now: float) -> None:
+        """Take the unit `item` that the handler of `attempt` yielded.
+
+        Raises:
+            Permanent: it is no unit, no stage handles such units, or its event is too long.
+        """
+        stage = attempt.stage
+        if not isinstance(item, Unit):
+            raise Permanent(f"stage {stage.name} yielded {item!r:.80}: yield units (or facts), nothing else")
+        engine, origin, lane = attempt.engine, attempt.origin, stage.lane
+        kind = item.unit_type
+        handling = engine.handling(lane, kind)
+        if handling is None:
+            raise Permanent(
+                f"stage {stage.name} yielded {type(item).__name__}, which no stage of lane {lane} handles"
+            )
+        stream = stream_of(lane, item)
+        if stream in self.children:
+            return
+        child = Event(
+            engine.next_id(),
+            lane,
+            kind,
+            stream,
+            engine.stamp(now),
+            msgspec.Raw(events.encode_data(item)),
+            1,
+            origin.run,
+            origin.round,
+            attempt.event.id,
+            handling.name,
+            handling.cut,
+            item.unit_schema,
+            origin.traceparent,
+        )
+        if len(child.data) > _SURELY_FITS:
+            events.encode(child)  # refused now, by name, rather than with all that is committed along with it
+        self.children[stream] = (child, handling)
+
+    async def conclude(self, attempt: Attempt, fact: Fact) -> None:
+        """Take the fact that the handler of `attempt` yielded."""
+        engine, origin, lane = attempt.engine, attempt.origin, attempt.lane
+        stream = stream_of(lane, fact) if fact.unit_key else fact_stream(lane, type(fact), {})
+        expected = self._versions.get(stream)
+        if expected is None:
+            head = (await engine.backend.last([stream])).get(stream)
+            expected = self._versions[stream] = head.version if head else 0
+        event = Event(
+            engine.next_id(),
+            lane,
+            fact.unit_type,
+            stream,
+            engine.stamp(),
+            msgspec.Raw(events.encode_data(fact)),
+            expected + 1,
+            origin.run,
+            origin.round,
+            attempt.event.id,
+            "",
+            "",
+            fact.unit_schema,
+        )
+        self._facts[stream] = (expected, event)
+
+    def recalled(self, stream: str, version: int) -> None:
+        """The handler knows the fact in `stream` as of `version`: what it concludes is to follow that one."""
+        self._versions[stream] = version
+
+    # ------------------------------------------------------------------ committing
+
+    def actions(self, own: Event) -> tuple[list[Append], list[Publish], list[Tally]]:
+        """What a commit whose own event is `own` does to register them."""
+        appends: list[Append] = []
+        published: list[Publish] = []
+        found: dict[Handling, int] = {}
+        for stream, (child, handling) in self.children.items():
+            appends.append(Append(stream, 0, (child,)))
+            published.append(Publish(child, handling.queue))
+            if handling.counted:
+                found[handling] = found.get(handling, 0) + 1
+        for stream, (expected, event) in self._facts.items():
+            appends.append(Append(stream, expected, (event,)))
+        tallies = [handling.found(own.run, own.round, count) for handling, count in found.items()]
+        return appends, published, tallies
+
+    def leave_out(self, conflict: VersionConflict) -> None:
+        """Drop the children that exist already, so that the rest can be committed.
+
+        Raises:
+            VersionConflict: it is not (only) children that conflict.
+        """
+        if not conflict.heads.keys() <= self.children.keys():
+            raise conflict
+        for stream in conflict.heads:
+            del self.children[stream]
+
+    def committed(self) -> None:
+        """A commit holds them all."""
+        for stream, (expected, _) in self._facts.items():
+            self._versions[stream] = expected + 1
+        self.discard()
+
+    def discard(self) -> None:
+        """They are not to be committed."""
+        self.children = {}
+        self._facts = {}
+        self._since = 0.0
