@@ -276,14 +276,13 @@ class Attempt:
     def _commit(
         self, own: Event, tally: Sequence[Tally], *, ack: Delivery | None = None, again: float = -1.0
     ) -> Commit:
-        first = Append(own.subject, self.version, (own,))
         if not self._findings:
             publish = (Publish(own, self.handling.queue, again),) if again >= 0 else ()
-            return Commit((first,), publish, tally, ack)
-        appends, published, tallies = self._findings.actions(own)
+            return Commit((Append(own.subject, self.version, (own,)),), publish, tally, ack)
+        appends, published, tallies = self._findings.actions(self, own)
         if again >= 0:
             published.append(Publish(own, self.handling.queue, again))
-        return Commit((first, *appends), published, (*tally, *tallies), ack)
+        return Commit(appends, published, (*tally, *tallies), ack)
 
     # ------------------------------------------------------------------ ending
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -14,7 +15,6 @@ from flowlane.ports import Append, Publish, Tally
 
 if TYPE_CHECKING:
     from flowlane.attempt import Attempt
-    from flowlane.engine import Handling
 
 #: Children registered by one commit; with its own event, facts and tallies it stays below MAX_ACTIONS.
 CHUNK = 64
@@ -33,7 +33,7 @@ class Findings:
     __slots__ = ("_facts", "_since", "_versions", "children")
 
     def __init__(self) -> None:
-        self.children: dict[str, tuple[Event, Handling]] = {}  #: by stream: none is found twice
+        self.children: dict[str, Publish] = {}  #: by stream: none is found twice
         self._facts: dict[str, tuple[int, Event]] = {}
         self._versions: dict[str, int] = {}  # heads of the streams of facts, as this attempt knows them
         self._since = 0.0
@@ -91,7 +91,7 @@ class Findings:
         )
         if len(child.data) > _SURELY_FITS:
             events.encode(child)  # refused now, by name, rather than with all that is committed along with it
-        self.children[stream] = (child, handling)
+        self.children[stream] = Publish(child, handling.queue)
 
     async def conclude(self, attempt: Attempt, fact: Fact) -> None:
         """Take the fact that the handler of `attempt` yielded."""
@@ -124,19 +124,22 @@ class Findings:
 
     # ------------------------------------------------------------------ committing
 
-    def actions(self, own: Event) -> tuple[list[Append], list[Publish], list[Tally]]:
+    def actions(self, attempt: Attempt, own: Event) -> tuple[list[Append], list[Publish], Iterable[Tally]]:
         """What a commit whose own event is `own` does to register them."""
-        appends: list[Append] = []
-        published: list[Publish] = []
-        found: dict[Handling, int] = {}
-        for stream, (child, handling) in self.children.items():
-            appends.append(Append(stream, 0, (child,)))
-            published.append(Publish(child, handling.queue))
-            if handling.counted:
-                found[handling] = found.get(handling, 0) + 1
+        appends = [Append(own.subject, attempt.version, (own,))]
+        published = list(self.children.values())
+        found: dict[str, int] = {}
+        for stream, publish in self.children.items():
+            appends.append(Append(stream, 0, (publish.event,)))
+            found[publish.stage] = found.get(publish.stage, 0) + 1
         for stream, (expected, event) in self._facts.items():
             appends.append(Append(stream, expected, (event,)))
-        tallies = [handling.found(own.run, own.round, count) for handling, count in found.items()]
+        queues = attempt.engine.queues
+        tallies = [
+            handling.found(own.run, own.round, count)
+            for queue, count in found.items()
+            if (handling := queues[queue]).counted
+        ]
         return appends, published, tallies
 
     def leave_out(self, conflict: VersionConflict) -> None:
