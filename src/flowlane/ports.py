@@ -156,6 +156,11 @@ class Backend(Protocol):
         history. May lag behind the log; never misses a stream for good."""
         ...
 
+    async def runs(self, lane: str, limit: int) -> Sequence[Event]:
+        """The heads of the last `limit` runs of `lane`, in the order in which they were triggered; found
+        without scanning history. For people: may lag behind the log."""
+        ...
+
     async def tally(self, run: str, round: int) -> RunTally:
         """The counters of one (run, round), read in the order closed, settled, found, each consistently: if
         they say that all is settled, it is."""

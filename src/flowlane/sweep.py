@@ -6,6 +6,7 @@ times at once: all it does is repeat obligations.
 
 from __future__ import annotations
 
+import logging
 from datetime import datetime
 
 import msgspec
@@ -13,8 +14,11 @@ import msgspec
 from flowlane.engine import Engine
 from flowlane.errors import Retryable
 from flowlane.events import Event
+from flowlane.lane import Stage
 from flowlane.ports import Commit, Publish
 from flowlane.state import progress, status
+
+logger = logging.getLogger("flowlane")
 
 #: Seconds beyond a stage's timeout after which a silent unit is queued again, where the queue cannot tell.
 MARGIN = 60.0
@@ -22,11 +26,13 @@ _GROUP = 64
 
 
 class Swept(msgspec.Struct):
-    """What one sweep found open, queued again, and completed."""
+    """What one sweep found open, queued again, and completed; and how many open units are owed to which
+    stages that the lane does not have."""
 
     open: int = 0
     requeued: int = 0
     completed: int = 0
+    stranded: dict[str, int] = msgspec.field(default_factory=dict)
 
 
 async def sweep(engine: Engine, lane: str) -> Swept:
@@ -45,28 +51,33 @@ async def sweep(engine: Engine, lane: str) -> Swept:
                 for number in range(now.opened + 1):
                     if number not in now.completed:
                         swept.completed += await engine.complete(head.subject, number)
-            elif _is_due(engine, head):
-                handling = engine.handling_of(head)
-                if handling is not None:
-                    owed.append(Publish(head, handling.stage.queue, repeat=True))
+            elif (handling := engine.handling_of(head)) is None:
+                swept.stranded[head.stage] = swept.stranded.get(head.stage, 0) + 1
+            elif _is_due(engine, head, handling.stage):
+                owed.append(Publish(head, handling.stage.queue, repeat=True))
             if len(owed) == _GROUP:
                 swept.requeued += await _publish(engine, owed)
                 owed = []
         swept.requeued += await _publish(engine, owed)
     except OSError as error:
         raise Retryable(f"sweep of {lane}: {error}") from error
+    for stage, count in swept.stranded.items():
+        logger.warning(
+            "lane %s: open units are owed to a stage %s (%d of them), which it does not have: "
+            "give the stage that handles them this name=",
+            lane,
+            stage,
+            count,
+        )
     return swept
 
 
-def _is_due(engine: Engine, head: Event) -> bool:
+def _is_due(engine: Engine, head: Event, stage: Stage) -> bool:
     """Whether the unit has been silent for too long; embedded queues know, and drop what they still hold."""
     if engine.backend.exact_queue:
         return True
-    handling = engine.handling_of(head)
-    if handling is None:
-        return False
     silence = engine.clock.now().timestamp() - datetime.fromisoformat(head.time).timestamp()
-    return silence > float(handling.stage.policy.timeout) + progress(head).delay + MARGIN
+    return silence > float(stage.policy.timeout) + progress(head).delay + MARGIN
 
 
 async def _publish(engine: Engine, owed: list[Publish]) -> int:

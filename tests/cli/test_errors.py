@@ -161,6 +161,8 @@ def test_a_renamed_stage_does_not_hang_the_next_run(cli_in: Cli) -> None:
     assert result.exit_code == 1
     assert "toy/found/2 is owed to stage 'load', which lane toy no longer has" in result.stdout
     assert "interrupted" not in result.stdout
+    swept = cli_in("sweep", "toy.py")
+    assert "1 owed to load, which is no stage" in swept.stdout
     toy.write_text(toy.read_text().replace("async def load_all", "async def load"))
     Path("mended").touch()
     assert cli_in("run", "toy.py").exit_code == 0

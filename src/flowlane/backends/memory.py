@@ -111,14 +111,15 @@ class _Queue:
 
 
 class _Lane:
-    """One lane's events in the order of their commits, and the streams that are in each index."""
+    """One lane's events in the order of their commits, the streams that are in each index, and its runs."""
 
-    __slots__ = ("dead", "history", "open")
+    __slots__ = ("dead", "history", "open", "runs")
 
     def __init__(self) -> None:
         self.history: list[Event] = []
         self.open: dict[str, None] = {}
         self.dead: dict[str, None] = {}
+        self.runs: list[str] = []
 
 
 class _Round:
@@ -221,6 +222,8 @@ class MemoryBackend:
         if lane is None:
             lane = self._lanes[last.source] = _Lane()
         lane.history += events
+        if stream is None and name == last.run:
+            lane.runs.append(name)
         now = state.index(last)
         if now == "open":
             lane.open[name] = None
@@ -276,6 +279,10 @@ class MemoryBackend:
                 yield self._streams[name].events[-1]
             if n % _CHUNK == 0:
                 await asyncio.sleep(0)
+
+    async def runs(self, lane: str, limit: int) -> Sequence[Event]:
+        found = self._lanes.get(lane, _Lane()).runs
+        return [self._streams[name].events[-1] for name in found[max(0, len(found) - limit) :]]
 
     async def tally(self, run: str, round: int) -> RunTally:
         found = self._rounds.get((run, round))

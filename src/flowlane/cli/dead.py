@@ -75,6 +75,7 @@ async def sweep_lane(session: Session, lane: Lane) -> Answer:
         screen.line(
             f"lane {lane.name}: {swept.open:,} open, {swept.requeued:,} queued again, "
             f"{plural(swept.completed, 'run')} completed"
+            + "".join(f", {n:,} owed to {stage}, which is no stage" for stage, n in swept.stranded.items())
         )
 
     return Answer({"lane": lane.name, **msgspec.to_builtins(swept)}, show)

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Any
 
-from flowlane import events
 from flowlane.cli.coverage import read_coverage, show_coverage
 from flowlane.cli.screen import Screen
 from flowlane.cli.session import Answer, Session
 from flowlane.cli.text import plural
 from flowlane.compose import Application, open_application
 from flowlane.errors import FlowlaneError, Permanent
+from flowlane.events import Event
 from flowlane.lane import Lane
-from flowlane.ports import Backend
 from flowlane.state import status
 from flowlane.status import LogView
-
-
-async def last_runs(backend: Backend, lane: str, limit: int) -> list[str]:
-    """The streams of the last `limit` runs of `lane`, oldest first. Reads the lane's history: for people."""
-    runs: deque[str] = deque(maxlen=limit)
-    async for event in backend.scan(lane):
-        if event.type == events.LANE_TRIGGERED and event.version == 1:
-            runs.append(event.subject)
-    return list(runs)
 
 
 async def show_status(session: Session, lane: Lane, days: int, runs: int) -> Answer:
@@ -32,7 +21,7 @@ async def show_status(session: Session, lane: Lane, days: int, runs: int) -> Ans
     async with open_application([lane], session.settings) as app:
         document: dict[str, Any] = {
             "lane": lane.name,
-            "runs": [await _run(app, run) for run in await last_runs(app.backend, lane.name, runs)],
+            "runs": [await _run(app, head) for head in await app.backend.runs(lane.name, runs)],
             "open": 0,
             "dead": 0,
             "views": {},
@@ -53,13 +42,12 @@ async def show_status(session: Session, lane: Lane, days: int, runs: int) -> Ans
     return Answer(document, lambda screen: _show(screen, document, days))
 
 
-async def _run(app: Application, run: str) -> dict[str, Any]:
-    head = (await app.backend.last([run]))[run]
+async def _run(app: Application, head: Event) -> dict[str, Any]:
     report = await app.engine.report(head)
     now = status(head)
     state = {"open": "discovering", "closed": "running"}.get(now, report.outcome)
     return {
-        "run": run,
+        "run": head.subject,
         "state": state,
         "time": head.time,
         "reason": report.reason,

@@ -9,7 +9,6 @@ import msgspec
 from flowlane import events
 from flowlane.cli.screen import Screen
 from flowlane.cli.session import Answer, Session
-from flowlane.cli.status import last_runs
 from flowlane.compose import open_application
 from flowlane.errors import ConfigError
 from flowlane.events import Event
@@ -54,7 +53,7 @@ async def show_trace(session: Session, lane: Lane, run: str, limit: int) -> Answ
 
 async def _find(backend: Any, lane: Lane, run: str) -> str:
     if not run:
-        return next(iter(await last_runs(backend, lane.name, 1)), "")
+        return next((head.subject for head in await backend.runs(lane.name, 1)), "")
     stream = run if run.startswith(f"{lane.name}/") else stream_of(lane.name, Trigger(slot=run))
     head = (await backend.last([stream])).get(stream)
     if head is None or head.subject != head.run:

@@ -316,6 +316,20 @@ class IndexSuite(Suite):
         await applied(backend, Commit((append(following(closed, events.RUN_COMPLETED, completed=[0])),)))
         assert await index(backend, "open") == await index(backend, "dead") == set()
 
+    async def test_the_last_runs_are_found(self, backend: Backend) -> None:
+        runs = [found(f"run/{n}", run=f"{LANE}/run/{n}") for n in range(20)]
+        other = found("run/1", lane="suite2", run="suite2/run/1")
+        for run in (*runs, other):
+            await applied(backend, discover(run))
+            await applied(backend, discover(found(f"of{run.subject}", lane=run.source, run=run.run)))
+        runs[17] = following(runs[17], events.UNIT_SETTLED)
+        await applied(backend, Commit((append(runs[17]),)))
+        assert await backend.runs(LANE, 5) == runs[-5:]
+        assert await backend.runs(LANE, 100) == runs
+        assert await backend.runs(LANE, 0) == []
+        assert await backend.runs("suite2", 5) == [other]
+        assert await backend.runs("suite3", 5) == []
+
     async def test_lanes_do_not_see_each_other(self, backend: Backend) -> None:
         mine, other = found("a"), found("a", lane="suite2", run="suite2/run/1")
         await applied(backend, discover(mine), discover(other))

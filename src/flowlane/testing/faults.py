@@ -345,6 +345,10 @@ class FaultyBackend:
             self._process.check()
             yield event
 
+    async def runs(self, lane: str, limit: int) -> Sequence[Event]:
+        """See ``Backend.runs``."""
+        return await self._process.call("backend.runs", lambda: self._backend.runs(lane, limit))
+
     async def units(self, lane: str, index: Index) -> AsyncGenerator[Event]:
         """See ``Backend.units``. The index may lag behind."""
         await self._process.call("backend.units", _nothing)

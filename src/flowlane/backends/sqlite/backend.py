@@ -76,6 +76,9 @@ class SqliteBackend:
     def units(self, lane: str, index: Index) -> AsyncIterator[Event]:
         return self._reader.units(lane, index)
 
+    async def runs(self, lane: str, limit: int) -> Sequence[Event]:
+        return await self._reader.runs(lane, limit)
+
     async def tally(self, run: str, round: int) -> RunTally:
         return await self._reader.tally(run, round)
 

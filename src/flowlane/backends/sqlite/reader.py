@@ -42,6 +42,11 @@ SELECT '[' || group_concat(
     (SELECT event FROM log WHERE log.stream = u.stream ORDER BY version DESC LIMIT 1)) || ']', max(stream)
 FROM (SELECT stream FROM units WHERE lane = ? AND state = ? AND stream > ? ORDER BY stream LIMIT ?) AS u
 """
+_RUNS: Final = """
+SELECT '[' || group_concat(
+    (SELECT event FROM log WHERE log.stream = r.stream ORDER BY version DESC LIMIT 1)) || ']'
+FROM (SELECT stream FROM log WHERE lane = ? AND version = 1 AND stream = run ORDER BY seq DESC LIMIT ?) AS r
+"""
 
 
 class Reader:
@@ -85,6 +90,11 @@ class Reader:
         """The heads of the streams of `lane` in `index`, in the order of their names."""
         async for event in self._chunks(_UNITS, (lane, index), ""):
             yield event
+
+    async def runs(self, lane: str, limit: int) -> Sequence[Event]:
+        """The heads of the last `limit` runs of `lane`, oldest first."""
+        (text,) = await self._row(_RUNS, (lane, limit))
+        return _decode(text)[::-1]
 
     async def tally(self, run: str, round: int) -> RunTally:
         """The counters of one (run, round)."""

@@ -35,6 +35,7 @@ _SCHEMA: Final = """
 CREATE TABLE log (
     seq INTEGER PRIMARY KEY, stream TEXT NOT NULL, version INTEGER NOT NULL, lane TEXT NOT NULL,
     run TEXT NOT NULL, event TEXT NOT NULL, UNIQUE (stream, version));
+CREATE INDEX log_runs ON log (lane, seq) WHERE version = 1 AND stream = run;
 CREATE TABLE units (stream TEXT PRIMARY KEY, lane TEXT NOT NULL, state TEXT NOT NULL) WITHOUT ROWID;
 CREATE INDEX units_dead ON units (lane, stream) WHERE state = 'dead';
 CREATE TABLE tally (
