@@ -16,9 +16,12 @@ LAYERS: dict[int, tuple[str, ...]] = {
     2: (
         "attempt",
         "committer",
+        "completion",
         "discovery",
         "deadline",
         "engine",
+        "handling",
+        "landing",
         "plan",
         "pump",
         "redrive",

@@ -211,7 +211,8 @@ def undocumented(file: Path) -> list[str]:
 #: Methods that implement a port and say nothing beyond what ``ports`` promises of them.
 PORTS = {
     name
-    for node in ast.parse((SRC / "ports.py").read_text()).body
+    for file in (SRC / "ports").glob("*.py")
+    for node in ast.parse(file.read_text()).body
     if isinstance(node, ast.ClassDef)
     for item in node.body
     if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(item)

@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from flowlane import events
+from flowlane.completion import notice
 from flowlane.deadline import Deadline, Interrupted
 from flowlane.discovery import Findings
 from flowlane.errors import ConfigError, Fenced, Permanent, VersionConflict
 from flowlane.events import Event
+from flowlane.handling import Handling, payload
+from flowlane.landing import copy
 from flowlane.lane import Dead, F, Fact, Stage, fact_stream
 from flowlane.ports import (
     Append,
@@ -34,10 +37,10 @@ from flowlane.ports import (
     UnitRef,
 )
 from flowlane.state import Counts, Progress, Transfer, progress
-from flowlane.transfer import Selection, copy, load
+from flowlane.transfer import Selection, load
 
 if TYPE_CHECKING:
-    from flowlane.engine import Engine, Handling
+    from flowlane.engine import Engine
 
 _MAX_STEP_RESULT = 64 * 1024
 _NO_COUNTS = Counts()
@@ -355,11 +358,11 @@ class Attempt:
         if handling is None or not (self.stage.counted or self.stage.on == events.LANE_TRIGGERED):
             return commit
         dead = Dead(unit=self.unit, round=self.origin.round, reason=reason, stage=self.stage.name)
-        notice = self.engine.notice(events.LANE_DEAD, dead, self.origin, handling)
+        told = notice(self.engine, events.LANE_DEAD, dead, self.origin, handling)
         return msgspec.structs.replace(
             commit,
-            appends=[*commit.appends, Append(notice.subject, 0, (notice,))],
-            publish=[*commit.publish, Publish(notice, handling.stage.queue)],
+            appends=[*commit.appends, Append(told.subject, 0, (told,))],
+            publish=[*commit.publish, Publish(told, handling.queue)],
         )
 
     @property
@@ -400,7 +403,7 @@ class Attempt:
         stream = fact_stream(self.lane, fact, key)
         head = (await self.engine.backend.last([stream])).get(stream)
         self.findings.recalled(stream, head.version if head else 0)
-        return None if head is None else self.engine.payload(head, fact)
+        return None if head is None else payload(head, fact)
 
     def rows(self, url: str, **options: Any) -> Rows:
         return Selection(url, options)

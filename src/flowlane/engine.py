@@ -7,7 +7,6 @@ commit with the versions it saw; a conflict means that somebody else decided fir
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -19,25 +18,22 @@ from flowlane import events
 from flowlane.attempt import Attempt, Outcome
 from flowlane.clock import Clock, rfc3339
 from flowlane.committer import Committer
+from flowlane.completion import complete, complete_after
 from flowlane.deadline import Deadline, Interrupted
 from flowlane.errors import ConfigError, Fenced, Permanent, Retryable, Superseded, VersionConflict
 from flowlane.events import Event
-from flowlane.lane import Completed, Fact, Lane, Stage, Trigger, Unit, stream_of
+from flowlane.handling import Handling
+from flowlane.lane import Fact, Lane, Stage, Trigger, stream_of
 from flowlane.ports import (
     Append,
     Backend,
-    Bad,
     Commit,
     Committed,
     Connections,
     Delivery,
     Publish,
-    Split,
-    Tally,
 )
-from flowlane.report import Report, build_report
-from flowlane.state import Position, Progress, RunTally, failure, progress, status
-from flowlane.transfer import quarantine_url
+from flowlane.state import status
 
 if TYPE_CHECKING:
     from flowlane.pump import Slot
@@ -60,56 +56,6 @@ _COMMIT_TRIES = 4
 _DECISIVE = (Fenced, ConfigError, Permanent, Superseded, Retryable, Interrupted)
 
 
-class Handling:
-    """A stage with what the engine looks up for each of its deliveries."""
-
-    __slots__ = (
-        "_found",
-        "_settled",
-        "counted",
-        "cut",
-        "decoder",
-        "generator",
-        "handler",
-        "name",
-        "queue",
-        "stage",
-    )
-
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
-        self.name = stage.name
-        self.queue = stage.queue
-        self.counted = stage.counted
-        self.handler = stage.handler
-        self._settled = (Tally("", 0, stage.name, 0, 1),)
-        self._found = Tally("", 0, stage.name, 1)
-        self.cut = str(stage.policy.cut)
-        self.decoder = msgspec.json.Decoder(stage.unit)
-        self.generator = inspect.isasyncgenfunction(stage.handler)
-        if not self.generator and not inspect.iscoroutinefunction(stage.handler):
-            raise ConfigError(
-                f"stage {stage.name} of lane {stage.lane} is not async: "
-                f"write `async def {stage.handler.__name__}`"
-            )
-
-    def settled(self, run: str, round: int) -> tuple[Tally, ...]:
-        """What a unit that settles without records adds to its run's counters: the same for all of them."""
-        known = self._settled[0]
-        if known.run != run or known.round != round:
-            self._settled = (Tally(run, round, self.name, 0, 1),)
-        return self._settled
-
-    def found(self, run: str, round: int, count: int) -> Tally:
-        """What registering `count` units adds to their run's counters."""
-        if count > 1:
-            return Tally(run, round, self.name, count)
-        known = self._found
-        if known.run != run or known.round != round:
-            known = self._found = Tally(run, round, self.name, 1)
-        return known
-
-
 class Engine:
     """Handles deliveries of its lanes against one backend.
 
@@ -130,7 +76,7 @@ class Engine:
         self.connections = connections
         self.clock = clock
         self.committer = Committer(self)
-        self._quarantine = quarantine
+        self.quarantine = quarantine  #: URI of the folder for bad records, where a stage's policy names none
         self._queues: dict[str, Handling] = {}
         self._types: dict[tuple[str, str], Handling] = {}
         for lane in lanes:
@@ -195,22 +141,6 @@ class Engine:
             1,
             origin.traceparent,
         )
-
-    def payload(self, event: Event, unit: type[Any]) -> Any:
-        """The typed payload of a unit's first event (or of a fact), lifted to this release's schema.
-
-        Raises:
-            Permanent: it cannot be read as `unit`.
-        """
-        what = f"{event.type} {event.subject}"
-        raw = events.upcast(event.data, event.schema, unit.unit_schema, unit.unit_upcasters, what)
-        try:
-            return msgspec.json.decode(raw, type=unit)
-        except (ValueError, RecursionError) as error:  # msgspec's DecodeError is a ValueError
-            raise Permanent(
-                f"the payload of {what} does not fit {unit.__name__} ({error}): "
-                "add schema= and upcasters to the class"
-            ) from None
 
     # ------------------------------------------------------------------ triggering
 
@@ -308,7 +238,7 @@ class Engine:
                     self.committer.submit(commit, attempt)
                     return attempt
             first = head if head.version == 1 else await self._first(head.subject)
-            attempt.event = self._typed(handling, first)
+            attempt.event = handling.typed(first)
             entered = entered or self._enter(head.subject)
             slot.attempt = attempt
             if handling.generator:
@@ -371,32 +301,6 @@ class Engine:
         async for event in self.backend.read(stream):
             return event
         raise Permanent(f"the stream {stream} has lost its first event")
-
-    def _typed(self, handling: Handling, first: Event) -> Event:
-        unit = handling.stage.unit
-        if first.schema == unit.unit_schema:
-            try:
-                data = handling.decoder.decode(first.data)
-            except (ValueError, RecursionError):
-                data = self.payload(first, unit)
-        else:
-            data = self.payload(first, unit)
-        return Event(
-            first.id,
-            first.source,
-            first.type,
-            first.subject,
-            first.time,
-            data,
-            first.version,
-            first.run,
-            first.round,
-            first.cause,
-            first.stage,
-            first.cut,
-            first.schema,
-            first.traceparent,
-        )
 
     async def _discover(self, handling: Handling, attempt: Attempt) -> None:
         found = handling.handler(attempt.event, attempt)
@@ -505,7 +409,7 @@ class Engine:
                 result = await self.commit(commit)
             if isinstance(result, BaseException):
                 result = await self._again(commit, attempt, result)
-            await self.check_fan_in(commit, result)
+            await complete_after(self, commit, result)
         except VersionConflict:
             attempt.outcome = await self.conflict(attempt.delivery)
         except Permanent as error:
@@ -524,7 +428,7 @@ class Engine:
         if isinstance(result, VersionConflict):
             attempt.outcome = await self.conflict(attempt.delivery)
         else:
-            await self.check_fan_in(commit, result)
+            await complete_after(self, commit, result)
 
     async def _again(self, commit: Commit, attempt: Attempt, error: BaseException) -> Committed:
         known = await self._look_up(attempt.final)
@@ -536,114 +440,10 @@ class Engine:
             await attempt.delivery.ack()
         return result
 
-    # ------------------------------------------------------------------ obligations and fan-in
-
     async def repeat_obligations(self, head: Event) -> None:
         """Do again what the end of a unit owed: the check whether its run is complete."""
         if head.run:
-            await self.complete(head.run, head.round)
-
-    async def check_fan_in(self, commit: Commit, result: Committed) -> None:
-        """Complete the rounds that `commit` may have been the last of."""
-        for tally in commit.tally:
-            if not (tally.settled or tally.closed):
-                continue
-            known = result.tally
-            if known is None or (tally.run, tally.round) in known:
-                await self.complete(tally.run, tally.round)
-
-    async def complete(self, run: str, round: int) -> bool:
-        """Append ``run.completed`` for `round` if all of it has ended and nobody has done so yet."""
-        if not (await self.backend.tally(run, round)).complete:
-            return False
-        while True:
-            head = (await self.backend.last([run])).get(run)
-            if head is None or status(head) == "open":
-                return False
-            now = progress(head)
-            if round in now.completed:
-                return True
-            commit = await self._completion(head, now, round)
-            if not isinstance(await self.commit(commit), VersionConflict):
-                self.moved.set()
-                self.moved = asyncio.Event()
-                return True
-
-    async def _completion(self, head: Event, now: Progress, round: int) -> Commit:
-        lane = self.lanes[head.source]
-        now.reason = failure(head)
-        report = await self.report(head)
-        now.completed = sorted({*now.completed, round})
-        now.report = report.brief()
-        own = msgspec.structs.replace(
-            self.event(
-                events.RUN_COMPLETED,
-                head,
-                version=head.version + 1,
-                data=msgspec.Raw(events.encode_data(now)),
-                cause=head.id,
-                stage=head.stage,
-            ),
-            round=max(now.opened, head.round),
-        )
-        appends = [Append(head.subject, head.version, (own,))]
-        publish = []
-        kind = lane.completed if report.outcome == "settled" else lane.failed
-        handling = self.handling(lane.name, kind)
-        if handling is not None:
-            told = Completed(run=head.subject, round=round, outcome=report.outcome, report=now.report)
-            notice = self.notice(kind, told, own, handling)
-            appends.append(Append(notice.subject, 0, (notice,)))
-            publish.append(Publish(notice, handling.stage.queue))
-        return Commit(appends, publish)
-
-    async def report(self, head: Event) -> Report:
-        """What the run whose head is `head` has come to, over all its rounds."""
-        now = progress(head)
-        now.reason = failure(head)
-        tallies: list[RunTally] = [await self.backend.tally(head.subject, n) for n in range(now.opened + 1)]
-        return build_report(self.lanes[head.source], head, now, tallies)
-
-    def notice(self, kind: str, unit: Unit, origin: Event, handling: Handling) -> Event:
-        """The first event of a unit that tells of `origin`; its handling does not count in the run."""
-        stream = stream_of(origin.source, unit)
-        return Event(
-            self.next_id(),
-            origin.source,
-            kind,
-            stream,
-            self.stamp(),
-            msgspec.Raw(events.encode_data(unit)),
-            1,
-            origin.run,
-            origin.round,
-            origin.id,
-            handling.stage.name,
-            handling.cut,
-            1,
-            origin.traceparent,
-        )
-
-    # ------------------------------------------------------------------ quarantine
-
-    async def quarantine(self, attempt: Attempt, split: Split, start: Position, bad: Sequence[Bad]) -> None:
-        """Put bad records aside, before the batch they came with is logged; repeatable."""
-        folder = attempt.stage.policy.quarantine or self._quarantine
-        if not folder:
-            raise Permanent(f"{len(bad)} bad records and no place for them: set quarantine= in the policy")
-        url = quarantine_url(folder, attempt, split, start)
-        store = await self.connections.store(url)
-        lines = b"".join(
-            events.encode_data(
-                {"unit": attempt.unit, "url": split.url, "row": b.row, "reason": b.reason, "raw": b.raw}
-            )
-            + b"\n"
-            for b in bad
-        )
-        owner = f"{attempt.unit}#{attempt.progress.token}"
-        async with store.upload(url, owner=owner, overwrite=True) as upload:
-            await upload.write(lines)
-            await upload.commit()
+            await complete(self, head.run, head.round)
 
 
 def leaf(error: BaseException) -> BaseException:
@@ -676,4 +476,4 @@ def _seconds(time: str) -> float:
         return 0.0
 
 
-__all__ = ["Engine", "Handling", "Outcome", "describe"]
+__all__ = ["Engine", "describe"]

@@ -13,10 +13,11 @@ from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from types import TracebackType
 
-from flowlane.attempt import Attempt
+from flowlane.attempt import Attempt, Outcome
 from flowlane.deadline import Deadline, Interrupted
-from flowlane.engine import Engine, Handling, Outcome, describe
+from flowlane.engine import Engine, describe
 from flowlane.errors import Fenced, Retryable
+from flowlane.handling import Handling
 from flowlane.ports import Delivery
 
 logger = logging.getLogger("flowlane")

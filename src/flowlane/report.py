@@ -9,7 +9,8 @@ import msgspec
 
 from flowlane.events import Event
 from flowlane.lane import Lane
-from flowlane.state import Counts, Progress, RunTally, StageTally
+from flowlane.ports import Backend
+from flowlane.state import Counts, Progress, RunTally, StageTally, failure, progress
 
 
 class Report(msgspec.Struct):
@@ -30,6 +31,14 @@ class Report(msgspec.Struct):
         """The report as plain values, for an event or JSON."""
         plain: dict[str, Any] = msgspec.to_builtins(self)
         return plain
+
+
+async def read_report(backend: Backend, lane: Lane, head: Event) -> Report:
+    """What the run whose head is `head` has come to, over all its rounds."""
+    now = progress(head)
+    now.reason = failure(head)
+    tallies = [await backend.tally(head.subject, n) for n in range(now.opened + 1)]
+    return build_report(lane, head, now, tallies)
 
 
 def build_report(lane: Lane, head: Event, now: Progress, tallies: Sequence[RunTally]) -> Report:

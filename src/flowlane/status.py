@@ -7,6 +7,7 @@ from typing import Any
 
 from flowlane.engine import Engine
 from flowlane.events import Event
+from flowlane.handling import payload
 from flowlane.lane import F, fact_stream
 from flowlane.state import progress
 
@@ -24,7 +25,7 @@ class LogView:
         head = (await self._engine.backend.last([stream])).get(stream)
         if head is None:
             return None
-        known: F = self._engine.payload(head, fact)
+        known: F = payload(head, fact)
         return known
 
     async def dead(self) -> AsyncIterator[tuple[str, str]]:

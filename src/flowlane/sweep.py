@@ -11,6 +11,7 @@ from datetime import datetime
 
 import msgspec
 
+from flowlane.completion import complete
 from flowlane.engine import Engine
 from flowlane.errors import Retryable
 from flowlane.events import Event
@@ -50,7 +51,7 @@ async def sweep(engine: Engine, lane: str) -> Swept:
                 now = progress(head)
                 for number in range(now.opened + 1):
                     if number not in now.completed:
-                        swept.completed += await engine.complete(head.subject, number)
+                        swept.completed += await complete(engine, head.subject, number)
             elif (handling := engine.handling_of(head)) is None:
                 swept.stranded[head.stage] = swept.stranded.get(head.stage, 0) + 1
             elif _is_due(engine, head, handling.stage):

@@ -1,4 +1,4 @@
-"""The transfer: split -> batches -> writer, and object -> upload; resumable, fenced, counted.
+"""The transfer: split -> batches -> writer; resumable, fenced, counted.
 
 Effect before position: a batch is in the sink before the log says so, and the sink refuses to take it twice,
 so a crash anywhere costs a repetition and never a record. The log's position, not the sink's, is where
@@ -8,8 +8,8 @@ reading resumes: batches in between are cut the same way again, counted, and fou
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
 from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -20,35 +20,22 @@ from flowlane import events
 from flowlane.deadline import Interrupted
 from flowlane.errors import (
     BadRecord,
-    ConfigError,
-    Damaged,
-    Fenced,
-    Incomplete,
     Permanent,
-    Retryable,
     Superseded,
-    VersionConflict,
-    redact,
 )
 from flowlane.ports import (
     Bad,
     Batch,
-    Body,
     Cut,
     Enricher,
     Mapper,
-    ObjectInfo,
     Record,
     Sink,
     Source,
     Split,
-    Store,
-    Upload,
     Writer,
 )
 from flowlane.state import Counts, Position, Transfer
-from flowlane.streams.inflate import prove
-from flowlane.streams.members import inflater
 
 if TYPE_CHECKING:
     from flowlane.attempt import Attempt
@@ -72,226 +59,6 @@ class Selection:
     def enrich(self, function: Enricher) -> Selection:
         """See ``ports.Rows``."""
         return Selection(self.url, self.options, (*self.steps, ("enrich", function)))
-
-
-# --------------------------------------------------------------------------- bytes
-
-
-async def copy(  # the parameters are the promise of ``Context.copy``
-    attempt: Attempt,
-    url: str,
-    to: str,
-    verify: str,
-    headers: Mapping[str, str] | None,
-    etag: str,
-    overwrite: bool,
-) -> ObjectInfo:
-    """See ``ports.Context.copy``."""
-    if verify not in ("content", "length"):
-        raise ConfigError(f"verify={verify!r}: must be content or length")
-    name = attempt.next_name("copy")
-    state = attempt.transfer(name)
-    if state.done:
-        return ObjectInfo(to, size=state.position.offset, etag=state.etag)
-    await attempt.start()
-    source = await attempt.engine.connections.store(url)
-    target = await attempt.engine.connections.store(to)
-    landed = await _landed(attempt, target, to, state.whole)
-    if landed is not None:
-        _done(attempt, name, state.whole, state.etag)
-        return landed
-    owner = f"{attempt.unit}#{attempt.progress.token}"
-    resume, position = (state.upload, state.position.offset) if state.etag else ("", 0)
-    async with target.upload(
-        to, owner=owner, resume=resume, position=position, overwrite=overwrite
-    ) as upload:
-        if upload.position != position or not position:
-            state = Transfer(high=state.high)
-        work = _Copy(attempt, name, state, upload, url, verify == "content")
-        await work.log(events.UPLOAD_OPENED)
-        try:
-            await work.run(source, headers, etag)
-            return await work.publish()
-        except Fenced as error:
-            if isinstance(error, VersionConflict) or attempt.lost:
-                raise
-            if work.whole and not overwrite and await target.head(to) is not None:
-                raise  # another object stands there
-            raise work.robbed(error) from error
-
-
-class _Copy:
-    """One object on its way through one upload: every block proven, counted and checksummed as it passes."""
-
-    def __init__(
-        self, attempt: Attempt, name: str, state: Transfer, upload: Upload, url: str, decode: bool
-    ) -> None:
-        self.attempt = attempt
-        self.name = name
-        self.state = state
-        self.upload = upload
-        self.url = url
-        self.where = redact(url)
-        self.prover = prove(url.partition("?")[0]) if decode else None
-        self.offset = 0
-        self.crc = 0
-        self.whole = False  # read to its end, and proven
-        self._crc32 = inflater().crc32
-        self.logged_at = attempt.engine.clock.monotonic()
-
-    async def log(self, kind: str) -> None:
-        """Append the upload's state; moved on means further than any attempt before."""
-        self.state = msgspec.structs.replace(self.state, upload=self.upload.id)
-        self.attempt.progress.transfers[self.name] = self.state
-        await self.attempt.record(kind, moved=False)
-        self.logged_at = self.attempt.engine.clock.monotonic()
-
-    async def run(self, source: Store, headers: Mapping[str, str] | None, etag: str) -> None:
-        """Move the bytes into the upload, and prove them whole."""
-        goal = self.state.position.offset
-        if self.prover is None:
-            self.offset, self.crc = goal, self.state.position.crc
-        pin = self.state.etag or etag
-        try:
-            async with source.read(self.url, start=self.offset, etag=pin, headers=headers) as body:
-                self.state = msgspec.structs.replace(self.state, etag=body.info.etag)
-                if self.prover is None and not body.proven_length:
-                    raise Permanent(
-                        f"{self.where}: neither a length nor a checksum tells whether it is whole"
-                    )
-                await self._pass_on(body, goal)
-            self._prove()
-            self.whole = True
-        except (Damaged, Permanent, ConfigError):
-            await self._discard()
-            raise
-        except Superseded:
-            await self._discard()
-            if etag:
-                raise
-            raise Incomplete(f"{self.where} was replaced while it was being read: starting afresh") from None
-        except Retryable:
-            await self._keep()
-            raise
-
-    async def _pass_on(self, body: Body, goal: int) -> None:
-        clock = self.attempt.engine.clock
-        rhythm = float(self.attempt.stage.policy.lease) / 3
-        async for block in body:
-            if not self.offset:
-                check_magic(self.where, block)
-            cut = max(0, min(goal - self.offset, len(block)))
-            if cut:  # a resumed upload holds these already; the decoder needs to see them again
-                await self._digest(block[:cut])
-                if self.offset == goal and self.crc != self.state.position.crc:
-                    raise Superseded(f"{self.where}: its first {goal:,} bytes are not those read before")
-            if cut < len(block):
-                rest = block[cut:] if cut else block
-                await self._digest(rest)
-                await self.upload.write(rest)
-            if self.offset > goal and self.attempt.near_deadline():
-                await self._keep()
-                raise Interrupted(f"{self.offset:,} bytes of {self.where} have landed so far")
-            if clock.monotonic() - self.logged_at > rhythm:
-                if self.offset > goal:
-                    await self._mark()
-                await self.log(events.BATCH_WRITTEN)  # on the way to the goal too: somebody is at work
-
-    async def _digest(self, block: bytes) -> None:
-        if self.prover is None:
-            self.crc = self._crc32(block, self.crc)
-        else:
-            with self._refuted():
-                self.crc = await self.attempt.engine.clock.offload(lambda: self._decode(block))
-        self.offset += len(block)
-
-    def _decode(self, block: bytes) -> int:
-        assert self.prover is not None
-        self.prover.feed(block)
-        return self._crc32(block, self.crc)
-
-    def _prove(self) -> None:
-        if not self.offset:
-            raise Damaged(f"{self.where}: the body is empty")
-        if self.prover is not None:
-            with self._refuted():
-                self.prover.close()
-
-    @contextmanager
-    def _refuted(self) -> Iterator[None]:
-        """Whatever decoding refutes cannot be built upon, and is said with where it came from."""
-        try:
-            yield
-        except Incomplete as error:
-            raise Damaged(f"{self.where}: {error}") from None
-
-    async def _keep(self) -> None:
-        """What is uploaded so far survives this attempt, if the source can be pinned to go on from there."""
-        if not self.state.etag:
-            await self._discard()
-            return
-        await self._mark()
-
-    async def _mark(self) -> None:
-        """Whoever comes next may go on from here, if the source can be pinned."""
-        if not self.state.etag:
-            return
-        flushed = await self.upload.flush()
-        if flushed == self.offset:
-            position = Position(self.offset, 0, self.crc)
-            if self.offset > self.state.high:
-                self.attempt.note_move()
-            high = max(self.state.high, self.offset)
-            self.state = msgspec.structs.replace(self.state, position=position, high=high)
-        self.attempt.progress.transfers[self.name] = self.state
-
-    async def _discard(self) -> None:
-        await self.upload.abort()
-        self.state = Transfer(high=self.state.high)
-        self.attempt.progress.transfers[self.name] = self.state
-
-    def robbed(self, error: Fenced) -> Incomplete:
-        """A former attempt, come back to life, has taken the upload over. It gets no further, since the log
-        refuses it; and if it is this attempt that has been overtaken, the log refuses its next word."""
-        self.state = Transfer(high=self.state.high)
-        self.attempt.progress.transfers[self.name] = self.state
-        return Incomplete(f"{error}: starting afresh")
-
-    async def publish(self) -> ObjectInfo:
-        """Make the object visible, whole."""
-        # The log first: it refuses whoever has been overtaken, and it tells the next attempt, should this one
-        # die in between, by what to know the object for its own.
-        whole = Position(self.offset, 0, self.crc)
-        await self._mark()
-        self.state = msgspec.structs.replace(self.state, whole=whole)
-        await self.log(events.BATCH_WRITTEN)
-        landed = await self.upload.commit()
-        _done(self.attempt, self.name, whole, self.state.etag)
-        return landed
-
-
-def _done(attempt: Attempt, name: str, whole: Position, etag: str) -> None:
-    moved = Counts(bytes_in=whole.offset, bytes_out=whole.offset)
-    attempt.progress.counts.add(moved)
-    attempt.progress.transfers[name] = Transfer(position=whole, etag=etag, done=True, counts=moved)
-
-
-async def _landed(attempt: Attempt, target: Store, to: str, whole: Position) -> ObjectInfo | None:
-    """The object under `to`, if it is the one that an earlier attempt had proven and was about to show."""
-    if not whole.offset:
-        return None
-    found = await target.head(to)
-    if found is None or found.size not in (-1, whole.offset):
-        return None
-    length, crc = 0, 0
-    async with target.read(to, etag=found.etag) as body:
-        async for block in body:
-            crc = inflater().crc32(block, crc)
-            length += len(block)
-    return found if (length, crc) == (whole.offset, whole.crc) else None
-
-
-# --------------------------------------------------------------------------- records
 
 
 async def load(attempt: Attempt, rows: Selection, to: str, options: Mapping[str, Any]) -> Counts:
@@ -394,7 +161,7 @@ class _Load:
         went.records_out = len(batch.records) - len(refused_by_sink)
         went.quarantined = len(bad)
         if bad:
-            await self.attempt.engine.quarantine(self.attempt, split, batch.start, bad)
+            await _quarantine(self.attempt, split, batch.start, bad)
         counts = self.attempt.progress.counts
         counts.add(went)
         total = msgspec.structs.replace(self.state.counts)
@@ -476,13 +243,25 @@ async def _enrich(function: Enricher, records: list[Record]) -> list[Record]:
     return list(result)
 
 
-def check_magic(where: str, block: bytes) -> None:
-    """Raises:
-    Damaged: the body does not begin as a file of its name's kind does (an error page, say).
-    """
-    for suffix, magic in ((".gz", b"\x1f\x8b"), (".zst", b"\x28\xb5\x2f\xfd"), (".zip", b"PK")):
-        if where.endswith(suffix) and not block.startswith(magic):
-            raise Damaged(f"{where} is not a {suffix} file: it begins with {bytes(block[:40])!r}")
+async def _quarantine(attempt: Attempt, split: Split, start: Position, bad: Sequence[Bad]) -> None:
+    """Put bad records aside, before the batch they came with is logged; repeatable."""
+    engine = attempt.engine
+    folder = attempt.stage.policy.quarantine or engine.quarantine
+    if not folder:
+        raise Permanent(f"{len(bad)} bad records and no place for them: set quarantine= in the policy")
+    url = quarantine_url(folder, attempt, split, start)
+    store = await engine.connections.store(url)
+    lines = b"".join(
+        events.encode_data(
+            {"unit": attempt.unit, "url": split.url, "row": b.row, "reason": b.reason, "raw": b.raw}
+        )
+        + b"\n"
+        for b in bad
+    )
+    owner = f"{attempt.unit}#{attempt.progress.token}"
+    async with store.upload(url, owner=owner, overwrite=True) as upload:
+        await upload.write(lines)
+        await upload.commit()
 
 
 def quarantine_url(folder: str, attempt: Attempt, split: Split, start: Position) -> str:

@@ -15,7 +15,7 @@ from flowlane.deadline import Deadline
 from flowlane.errors import Retryable
 from flowlane.lane import Lane, duration
 from flowlane.pump import Pump
-from flowlane.report import Report
+from flowlane.report import Report, read_report
 from flowlane.state import progress, status
 from flowlane.sweep import sweep
 
@@ -84,7 +84,7 @@ async def _owed(app: Application, lane: Lane, run: str, left: set[str]) -> bool:
 async def report_of(app: Application, lane: Lane, run: str) -> Report:
     """What the run of that stream has come to, with its dead units."""
     head = (await app.backend.last([run]))[run]
-    report = await app.engine.report(head)
+    report = await read_report(app.backend, lane, head)
     async for dead in app.backend.units(lane.name, "dead"):
         if dead.run == run and dead.subject != run and len(report.dead) < _DEAD_LISTED:
             report.dead.append({"unit": dead.subject, "reason": progress(dead).reason})

@@ -14,7 +14,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from flowlane import Context, Event, Lane, Policy, Unit, transfer
+from flowlane import Context, Event, Lane, Policy, Unit
+from flowlane import landing as landing_module
 from flowlane.attempt import Attempt
 from flowlane.backends.memory import MemoryBackend
 from flowlane.engine import Engine
@@ -341,14 +342,14 @@ def ack_on_conflict(patch: Patch) -> None:
 
 def position_before_effect(patch: Patch) -> None:
     """That an object is whole and visible is logged, then it is made so."""
-    publish = transfer._Copy.publish
+    publish = landing_module._Copy.publish
 
     async def logged_first(self: Any) -> ObjectInfo:
         self.state = Transfer(position=Position(self.offset, 0, self.crc), done=True)
         await self.log("batch.written")
         return await publish(self)
 
-    patch.setattr(transfer._Copy, "publish", logged_first)
+    patch.setattr(landing_module._Copy, "publish", logged_first)
 
 
 def one_token_for_all(patch: Patch) -> None:
@@ -372,7 +373,7 @@ def no_proof(patch: Patch) -> None:
 
         def close(self) -> None: ...
 
-    patch.setattr(transfer, "prove", lambda name: Believer())
+    patch.setattr(landing_module, "prove", lambda name: Believer())
 
 
 def uploads_replace(patch: Patch) -> None:

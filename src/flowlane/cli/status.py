@@ -12,6 +12,7 @@ from flowlane.compose import Application, open_application
 from flowlane.errors import FlowlaneError, Permanent
 from flowlane.events import Event
 from flowlane.lane import Lane
+from flowlane.report import read_report
 from flowlane.state import status
 from flowlane.status import LogView
 
@@ -43,7 +44,7 @@ async def show_status(session: Session, lane: Lane, days: int, runs: int) -> Ans
 
 
 async def _run(app: Application, head: Event) -> dict[str, Any]:
-    report = await app.engine.report(head)
+    report = await read_report(app.backend, app.engine.lanes[head.source], head)
     now = status(head)
     state = {"open": "discovering", "closed": "running"}.get(now, report.outcome)
     return {

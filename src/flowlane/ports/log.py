@@ -1,0 +1,205 @@
+"""Log, queue and channels: what a backend is."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Literal, Protocol, runtime_checkable
+
+import msgspec
+
+from flowlane.errors import VersionConflict
+from flowlane.events import Event
+from flowlane.state import Counts, RunTally
+
+
+class Append(msgspec.Struct, frozen=True, gc=False):
+    """`events` go to `stream`, whose head must have version `expected` (0: the stream must not exist)."""
+
+    stream: str
+    expected: int
+    events: Sequence[Event]
+
+
+class Publish(msgspec.Struct, frozen=True, gc=False):
+    """`event`, appended by this commit or standing in the log, is owed to the queue of `stage`.
+
+    ``repeat=True`` marks the sweep's reminder: a backend that knows the unit to be queued or leased still
+    drops it; one that cannot know (SQS) sends it, because deliveries may repeat anyway.
+    """
+
+    event: Event
+    stage: str
+    delay: float = 0.0
+    repeat: bool = False
+
+
+class Tally(msgspec.Struct, frozen=True, gc=False):
+    """What a commit adds to the counters of one (run, round); applied with the commit or not at all."""
+
+    run: str
+    round: int
+    stage: str
+    found: int = 0
+    settled: int = 0
+    dead: int = 0
+    skipped: int = 0
+    superseded: int = 0
+    redriven: int = 0
+    counts: Counts | None = None
+    closed: bool = False
+
+
+@runtime_checkable
+class Delivery(Protocol):
+    """One event handed to one stage, held under a lease until it is acked, nacked or the lease ends.
+
+    ``head`` is the last event of the event's stream, read when the delivery was received (``None``: the log
+    does not know the stream). ``attempt`` counts receives of this message, from 1, as far as the queue knows.
+    """
+
+    @property
+    def event(self) -> Event: ...
+    @property
+    def stage(self) -> str: ...
+    @property
+    def attempt(self) -> int: ...
+    @property
+    def head(self) -> Event | None: ...
+
+    async def ack(self) -> None:
+        """The message is gone from the queue. A stale ack (the lease ended) does nothing."""
+        ...
+
+    async def nack(self, *, delay: float = 0) -> None:
+        """The message is delivered again, not before `delay`. A stale nack does nothing."""
+        ...
+
+    async def extend(self, seconds: float) -> bool:
+        """The lease ends `seconds` from now; False if it had been lost: then stop having effects."""
+        ...
+
+
+class Commit(msgspec.Struct, frozen=True, gc=False):
+    """All that a stage decided, applied atomically or not at all.
+
+    At most ``events.MAX_ACTIONS`` appended events and tallies together.
+    """
+
+    appends: Sequence[Append] = ()
+    publish: Sequence[Publish] = ()
+    tally: Sequence[Tally] = ()
+    ack: Delivery | None = None
+
+
+class Committed(msgspec.Struct, frozen=True, gc=False):
+    """A commit that was applied. ``tally``: of the (run, round)s it counted in, those that were complete as
+    of this commit or a later one, with their counters; a round that is not in it was not complete then.
+    ``None``: the backend does not say, ask ``Backend.tally``."""
+
+    tally: Mapping[tuple[str, int], RunTally] | None = None
+
+
+Index = Literal["open", "dead"]
+
+
+class Backend(Protocol):
+    """A log and a queue that commit together, and channels. Opened by URI, closed by leaving its context.
+
+    Safe for use by many tasks, and by as many processes as the URI can be opened by.
+    """
+
+    @property
+    def exact_queue(self) -> bool:
+        """Whether the queue knows what it holds, and so drops a repeated publish (``Publish.repeat``)."""
+        ...
+
+    async def commit(self, work: Sequence[Commit]) -> Sequence[Committed | VersionConflict]:
+        """Apply each commit atomically, in order; one answer for each.
+
+        A commit in conflict changes nothing and does not keep the others from being applied. When this
+        raises (or is cancelled), any of them may or may not have been applied: re-read the stream and look
+        for your own event's id. A stale ack inside a commit is ignored, the commit stands.
+
+        Raises:
+            Permanent: a commit holds more than ``MAX_ACTIONS`` actions; none was applied.
+            Retryable: the store cannot be reached or did not answer.
+        """
+        ...
+
+    async def last(self, streams: Sequence[str]) -> Mapping[str, Event]:
+        """The last event of each stream that exists; consistent with every commit answered before."""
+        ...
+
+    def read(self, stream: str, *, after: int = 0) -> AsyncIterator[Event]:
+        """The events of `stream` with a version greater than `after`, in order."""
+        ...
+
+    def scan(self, lane: str, *, run: str | None = None) -> AsyncIterator[Event]:
+        """Every event of `lane` (of one `run` of it), each stream's in order; for people, not decisions."""
+        ...
+
+    def units(self, lane: str, index: Index) -> AsyncIterator[Event]:
+        """The heads of the lane's streams that are in `index` (see ``state.index``): found without scanning
+        history. May lag behind the log; never misses a stream for good."""
+        ...
+
+    async def runs(self, lane: str, limit: int) -> Sequence[Event]:
+        """The heads of the last `limit` runs of `lane`, in the order in which they were triggered; found
+        without scanning history. For people: may lag behind the log."""
+        ...
+
+    async def tally(self, run: str, round: int) -> RunTally:
+        """The counters of one (run, round), read in the order closed, settled, found, each consistently: if
+        they say that all is settled, it is."""
+        ...
+
+    async def receive(
+        self, stages: Sequence[str], limit: int, *, lease: float, wait: float = 0
+    ) -> Sequence[Delivery]:
+        """At most `limit` deliveries that are due, of any of `stages`, each leased for `lease` seconds.
+
+        Waits up to `wait` seconds for the first one. What is not settled within its lease is delivered
+        again. At least once, in no particular order.
+        """
+        ...
+
+    def channel(self, name: str) -> Channel:
+        """The ordered channel called `name`; made when first put to."""
+        ...
+
+    async def purge(self) -> None:
+        """Empty every queue (as an operator might, by mistake): the log is untouched, runs still complete."""
+        ...
+
+
+class ChannelRecord(msgspec.Struct, frozen=True):
+    """`data` under `key`; ``position`` orders the records of one partition, set by the channel."""
+
+    key: str
+    data: bytes
+    partition: int = 0
+    position: int = 0
+
+
+class ChannelBatch(Protocol):
+    """Consecutive records of one partition; unsettled ones are handed out again."""
+
+    @property
+    def records(self) -> Sequence[ChannelRecord]: ...
+
+    async def settle(self, count: int | None = None) -> None:
+        """The consumer's position moves past the first `count` records (all by default); never back."""
+        ...
+
+
+class Channel(Protocol):
+    """Ordered, partitioned, replayable transport; at least once, order kept per key."""
+
+    async def put(self, records: Sequence[ChannelRecord]) -> None:
+        """All records are stored when this returns, those of one key in the order given."""
+        ...
+
+    def consume(self, consumer: str, *, limit: int = 500, wait: float = 0) -> AsyncIterator[ChannelBatch]:
+        """Batches from `consumer`'s own position on (from the beginning for a new name), until none came
+        for `wait` seconds. The next batch of a partition is handed out when the last one was settled."""
+        ...
