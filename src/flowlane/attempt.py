@@ -23,7 +23,7 @@ from flowlane.errors import ConfigError, Fenced, Permanent, VersionConflict
 from flowlane.events import Event
 from flowlane.handling import Handling, payload
 from flowlane.landing import copy
-from flowlane.lane import Dead, F, Fact, Stage, fact_stream
+from flowlane.lane import Dead, F, Stage, fact_stream
 from flowlane.ports import (
     Append,
     Commit,
@@ -238,24 +238,6 @@ class Attempt:
         if self._findings is None:
             self._findings = Findings()
         return self._findings
-
-    def found(self, item: Any) -> bool:
-        """Take the unit that the handler yielded; whether it is time to ``flush``.
-
-        Raises:
-            Permanent: see ``Findings.add``.
-        """
-        now = self.engine.clock.monotonic()
-        findings = self.findings
-        findings.add(self, item, now)
-        return findings.due(now) or self.lost or self.deadline.near(now)
-
-    async def concluded(self, fact: Fact) -> bool:
-        """Take the fact that the handler yielded, to be appended with the units yielded before it; whether it
-        is time to ``flush``."""
-        await self.findings.conclude(self, fact)
-        now = self.engine.clock.monotonic()
-        return self.findings.due(now) or self.lost or self.deadline.near(now)
 
     async def flush(self) -> None:
         """Register what was found so far, fenced by a progress event on the finder's own stream."""

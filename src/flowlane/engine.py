@@ -304,13 +304,15 @@ class Engine:
 
     async def _discover(self, handling: Handling, attempt: Attempt) -> None:
         found = handling.handler(attempt.event, attempt)
+        findings, clock = attempt.findings, self.clock
         try:
             async for item in found:
+                now = clock.monotonic()
                 if isinstance(item, Fact):
-                    due = await attempt.concluded(item)
+                    await findings.conclude(attempt, item)
                 else:
-                    due = attempt.found(item)
-                if due:
+                    findings.add(attempt, item, now)
+                if findings.due(now) or attempt.lost or attempt.deadline.near(now):
                     await attempt.flush()
                     if attempt.near_deadline():
                         raise Interrupted(f"{attempt.progress.children:,} units registered so far")
