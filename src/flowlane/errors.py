@@ -88,7 +88,7 @@ def redact(uri: str) -> str:
     if not separator:
         return uri.partition("?")[0].rpartition("@")[2]
     try:
-        parts = urlsplit(uri)
+        parts = urlsplit(uri, allow_fragments=False)  # a file's name may hold a number sign
         _ = parts.port  # a password with a character that should be encoded ends the host in its middle
     except ValueError:
         return f"{scheme.rpartition('@')[2]}://..."

@@ -77,6 +77,15 @@ async def copy(  # the parameters are the promise of ``Context.copy``
             raise work.robbed(error) from error
 
 
+#: How files begin: gzip (RFC 1952, 2.3.1); Zstandard, with a frame or one to be skipped (RFC 8878, 3.1); zip,
+#: with a member, or none (APPNOTE 4.3.7 and 4.3.16).
+_MAGIC = {
+    ".gz": (b"\x1f\x8b",),
+    ".zst": (b"\x28\xb5\x2f\xfd", *(bytes([n]) + b"\x2a\x4d\x18" for n in range(0x50, 0x60))),
+    ".zip": (b"PK",),
+}
+
+
 class _Copy:
     """One object on its way through one upload: every block proven, counted and checksummed as it passes."""
 
@@ -252,6 +261,6 @@ def check_magic(where: str, block: bytes) -> None:
     """Raises:
     Damaged: the body does not begin as a file of its name's kind does (an error page, say).
     """
-    for suffix, magic in ((".gz", b"\x1f\x8b"), (".zst", b"\x28\xb5\x2f\xfd"), (".zip", b"PK")):
-        if where.endswith(suffix) and not block.startswith(magic):
+    for suffix, magics in _MAGIC.items():
+        if where.endswith(suffix) and not any(m.startswith(block[: len(m)]) for m in magics):
             raise Damaged(f"{where} is not a {suffix} file: it begins with {bytes(block[:40])!r}")

@@ -106,13 +106,15 @@ class _Load:
                     f"and {state.position.row:,} rows of it "
                     "went out: give it a key to read by"
                 )
-        async with sink.open(split, self.attempt.ref, state.upload) as writer:
+        # To a sink, the same split loaded by another `load` of the handler is another split.
+        into = split if self.name == "load-1" else msgspec.structs.replace(split, id=f"{split.id}#{self.name}")
+        async with sink.open(into, self.attempt.ref, state.upload) as writer:
             stands = writer.position
             if stands is not None and stands.row < state.position.row:
                 state = self._begin_again()
             async with aclosing(source.read(split, state.position, self.cut)) as batches:
                 async for batch in batches:
-                    await self._write(split, writer, batch)
+                    await self._write(into, writer, batch)
             await writer.finish()
         self.state = msgspec.structs.replace(
             self.state,

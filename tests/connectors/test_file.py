@@ -154,6 +154,7 @@ async def test_targets_that_cannot_be_written(
             with pytest.raises(kind) as caught:
                 await _write(store, base + "a", b"x")
         assert str(caught.value).startswith(f"cannot write {base}a: {os.strerror(number).lower()}")
+        assert ("make room" in str(caught.value)) == (number == errno.ENOSPC)
 
 
 def _failing(number: int) -> Any:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import gzip
+import itertools
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,14 +13,15 @@ from email.utils import format_datetime
 from typing import Any, cast
 
 import pytest
+import zstandard
 
 from flowlane.clock import SystemClock
 from flowlane.connectors import fetch as wire
 from flowlane.connectors import http
 from flowlane.connectors.guard import refused
-from flowlane.errors import ConfigError, FlowlaneError, Incomplete, Permanent, Retryable, Superseded
+from flowlane.errors import ConfigError, Damaged, FlowlaneError, Incomplete, Permanent, Retryable, Superseded
 from flowlane.ports import Connections, Environment, ObjectInfo, Store
-from flowlane.testing.lying_server import LyingServer
+from flowlane.testing.lying_server import Lie, LyingServer
 from flowlane.testing.store_suite import ReadableSuite, fetch, noise
 
 
@@ -106,7 +108,7 @@ async def test_head_tells_absent_from_unknown(store: http.HttpStore, server: Lyi
             await store.head(server.serve("/a", b"", status=status))
 
 
-@pytest.mark.parametrize("status", [405, 501])
+@pytest.mark.parametrize("status", [405, 501, 400, 403])
 async def test_a_server_without_head_is_asked_for_one_byte(
     store: http.HttpStore, server: LyingServer, status: int
 ) -> None:
@@ -156,6 +158,9 @@ async def test_retry_after_is_honoured(store: http.HttpStore, server: LyingServe
     for value in ("soon", "-1", "1e9", "", "\u00b2", "Wed, 99 Nov 2019"):
         assert wire.retry_after(value, datetime.now(UTC)) is None
     assert wire.retry_after("9" * 400, datetime.now(UTC)) == 86400
+    huge = "9" * 26
+    for value in (f"{huge} Nov 2024 04:00:00", f"27 Nov {huge} 04:00:00", f"27 Nov 2024 04:00:00 +{huge}"):
+        assert wire.retry_after(f"Wed, {value} GMT", datetime.now(UTC)) is None
 
 
 # --------------------------------------------------------------------------- bodies that break
@@ -338,6 +343,28 @@ async def test_a_hanging_body_is_resumed(server: LyingServer, monkeypatch: pytes
     assert [r.range for r in server.requests] == ["", "bytes=5000-"]
 
 
+async def test_what_has_come_slowly_is_handed_out(server: LyingServer) -> None:
+    """Who reads looks at his deadline between blocks: he must not wait for a whole one for an hour."""
+
+    class Slow(Impatient):
+        def monotonic(self) -> float:
+            return 2.0 * super().monotonic() + 10.0 * next(self.ticks)
+
+        ticks = itertools.count()
+
+    async with wire.open_session(allow_private_hosts=True) as session:
+        store = http.HttpStore(session, Slow())
+        url = server.serve("/a", noise(50_000), hang=20_000)
+        async with asyncio.timeout(20), store.read(url) as body:
+            blocks = aiter(body)
+            got = b""
+            while len(got) < 20_000:
+                block = await anext(blocks)
+                assert len(block) >= 4096 or len(got) + len(block) == 20_000
+                got += block
+    assert got == noise(50_000)[:20_000]
+
+
 async def test_a_slow_consumer_of_a_half_closed_connection(
     store: http.HttpStore, server: LyingServer
 ) -> None:
@@ -374,6 +401,35 @@ async def test_encoded_bodies_are_refused_unless_the_name_says_so(
     for path, encoding in (("/a.json", "gzip"), ("/a.gz", "br"), ("/a.gz", "gzip, br"), ("/a.gz", "zstd")):
         with pytest.raises(Incomplete, match="encoded as"):
             await fetch(store, server.serve(path, data, headers={"Content-Encoding": encoding}))
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+@pytest.mark.parametrize("cut", [-1, 1, 3, 12])
+async def test_what_was_compressed_twice_is_refused(
+    store: http.HttpStore, server: LyingServer, suffix: str, cut: int
+) -> None:
+    """A server that compresses whatever it sends, asked or not; its label says so, and tells it from one that
+    describes the object."""
+    pack = gzip.compress if suffix == "gz" else zstandard.compress
+    once = pack(noise(50_000))
+    label = {"Content-Encoding": "gzip" if suffix == "gz" else "zstd"}
+    lie = Lie(headers=label, cut=cut, times=1 if cut >= 0 else -1)
+    url = server.serve(f"/twice.{suffix}", pack(once), lie)
+    with pytest.raises(Damaged, match="compressed already"):
+        await fetch(store, url)
+    assert await fetch(store, server.serve(f"/once.{suffix}", once, headers=label)) == once
+    assert await fetch(store, server.serve(f"/as-it-is.{suffix}", pack(once))) == pack(once)
+    assert await fetch(store, server.serve(f"/odd.{suffix}", b"no such thing", headers=label))
+    empty = server.serve(f"/empty.{suffix}", pack(b""), headers=label)
+    assert await fetch(store, empty) == pack(b"")
+
+
+async def test_transfer_codings_that_nobody_asked_for_are_refused(
+    store: http.HttpStore, server: LyingServer
+) -> None:
+    raw = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
+    with pytest.raises(Incomplete, match="sent as gzip"):
+        await fetch(store, server.serve("/a.gz", b"", raw=raw))
 
 
 @pytest.mark.parametrize(
@@ -432,13 +488,40 @@ async def test_credentials_stay_with_their_origin(store: http.HttpStore, server:
 
 @pytest.mark.parametrize(
     "location",
-    ["ftp://host/a", "file:///etc/passwd", "http://[::1", "http://host:99999/", "gopher:x"],
+    ["ftp://host/a", "file:///etc/passwd", "http://[::1", "http://host:99999/", "gopher:x", "//[::1]:80@/"],
 )
 async def test_redirects_elsewhere_are_refused(
     store: http.HttpStore, server: LyingServer, location: str
 ) -> None:
     with pytest.raises(Permanent, match="redirects to"):
         await store.head(server.serve("/a", b"", redirect=location))
+
+
+async def test_a_redirect_that_cannot_be_sent_condemns_the_object_only(
+    store: http.HttpStore, server: LyingServer
+) -> None:
+    for location in ("http://a..b/", f"http://{'x' * 70}.example/"):
+        with pytest.raises((Permanent, Retryable)):
+            await store.head(server.serve("/a", b"", redirect=location))
+
+
+async def test_what_a_server_says_reaches_no_terminal(store: http.HttpStore, server: LyingServer) -> None:
+    for location in ("http://nothing\x0ehere.invalid/", "//[::\x07]:99/", "ftp://h\x1b[2J/\x07"):
+        with pytest.raises(FlowlaneError) as caught:
+            await store.head(server.serve("/a", b"", redirect=location))
+        assert str(caught.value).isprintable()
+
+
+async def test_a_user_stays_with_its_origin(store: http.HttpStore, server: LyingServer) -> None:
+    """A Location in full leads to the same origin as a relative one."""
+    async with LyingServer() as other:
+        other.serve("/c", b"x")
+        server.serve("/a", b"", redirect=server.url("/b"))
+        server.serve("/b", b"", redirect=other.url("/c"))
+        await store.head(server.url("/a").replace("//", "//me:p%40w@"))
+        sent = [request.headers.get("authorization") for request in server.requests]
+        assert sent == ["Basic bWU6cEB3"] * 2
+        assert "authorization" not in other.requests[0].headers
 
 
 def test_a_redirect_from_https_to_http_is_refused() -> None:
@@ -456,7 +539,17 @@ async def test_no_connection_is_retryable(store: http.HttpStore) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["http://", "ftp://host/a", "http:///a", "host/a", "", "http://host:0/", "http://[x/"]
+    "url",
+    [
+        "http://[::1]:80@/",
+        "http://",
+        "ftp://host/a",
+        "http:///a",
+        "host/a",
+        "",
+        "http://host:0/",
+        "http://[x/",
+    ],
 )
 async def test_urls_that_cannot_be_asked_are_refused(store: http.HttpStore, url: str) -> None:
     with pytest.raises(ConfigError):

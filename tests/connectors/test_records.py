@@ -151,6 +151,43 @@ async def test_an_object_that_was_replaced(tmp_path: Path, environment: Environm
             await read(source, found, Cut())
 
 
+async def test_names_with_a_number_sign(tmp_path: Path, environment: Environment) -> None:
+    """In a file's name it is a character like any other."""
+    for number in (1, 2):
+        (tmp_path / f"a#{number}.csv").write_text(f"id\n{number}\n")
+    ids = []
+    for number in (1, 2):
+        async with open_source(f"file://{tmp_path}/a#{number}.csv", environment) as source:
+            (found,) = await splits_of(source)
+            ids.append(found.id)
+            assert [b.records for b in await read(source, found, Cut())] == [[{"id": str(number)}]]
+    assert len(set(ids)) == 2
+    async with open_sink(f"file://{tmp_path}/b#1.jsonl", environment) as sink:
+        await load(sink, cut_up([{"id": 1}], 1))
+    assert (tmp_path / "b#1.jsonl").read_bytes() == b'{"id":1}\n'
+
+
+async def test_options_as_keywords(tmp_path: Path, environment: Environment) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("1,2\n")
+    url = f"file://{path}"
+    assert await all_of(url, environment, header=False, columns=["a", "b"]) == [{"a": "1", "b": "2"}]
+    wrong: list[dict[str, Any]] = [
+        {"columns": 5},
+        {"delimiter": 5},
+        {"encoding": 5},
+        {"encoding": "undefined"},
+        {"encoding": "a\0b"},
+        {"format": 5},
+        {"null": 5},
+        {"null": "€", "encoding": "latin-1"},
+        {"csv": {"delimiter": ","}},
+    ]
+    for options in wrong:
+        with pytest.raises(ConfigError, match=next(iter(options))):
+            await all_of(url, environment, **options)
+
+
 async def test_nothing_there(tmp_path: Path, environment: Environment) -> None:
     with pytest.raises(Incomplete, match="there is no"):
         await all_of(f"file://{tmp_path}/a.csv", environment)
@@ -431,6 +468,37 @@ async def test_a_frozen_schema(tmp_path: Path, environment: Environment, schema:
     async with open_sink(f"file://{tmp_path}/", environment, format=form, schema=schema) as sink:
         with pytest.raises(Permanent, match="column 'b'"):
             await load(sink, cut_up([{"a": 1}, {"a": 1, "b": 2}], 1))
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+async def test_a_frozen_schema_is_about_columns(tmp_path: Path, environment: Environment, form: str) -> None:
+    """A record that cannot be written, for a reason of its own, costs itself and not the unit."""
+    rows: list[Record] = [{"id": 1}, {"id": "\ud800"}]
+    async with open_sink(f"file://{tmp_path}/", environment, format=form, schema="freeze") as sink:
+        ((reason,),) = await load(sink, cut_up(rows, 10))
+    assert "cannot be written: 'utf-8' codec" in reason or "surrogate" in reason
+
+
+@pytest.mark.parametrize(
+    ("column", "csv"),
+    [("\ud800", CsvFormat()), ("€", CsvFormat(encoding="latin-1")), ("a,b", CsvFormat(quote=""))],
+)
+async def test_columns_that_make_no_header(
+    tmp_path: Path, environment: Environment, column: str, csv: CsvFormat
+) -> None:
+    async with open_sink(f"file://{tmp_path}/", environment, format="csv", csv=csv) as sink:
+        with pytest.raises(Permanent, match=r"make no CSV header .* rename them in map"):
+            await load(sink, [*cut_up([{column: 1}], 10)])
+
+
+async def test_records_that_make_no_csv(tmp_path: Path, environment: Environment) -> None:
+    """They cost themselves, and do not decide the columns of those behind them."""
+    odd: Any = {1: "a"}
+    async with open_sink(f"file://{tmp_path}/", environment, format="csv") as sink:
+        reasons = await load(sink, cut_up([{}, odd, {"id": 1}], 1))
+    assert reasons == [["cannot be written: a record without fields"]] * 2 + [[]]
+    (path,) = tmp_path.iterdir()
+    assert path.read_bytes() == b'"id"\r\n1\r\n'
 
 
 async def test_a_schema_whose_strangers_are_quarantined(tmp_path: Path, environment: Environment) -> None:

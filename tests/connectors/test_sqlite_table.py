@@ -91,7 +91,9 @@ async def test_rows_come_as_they_are_and_in_order(file: Path, environment: Envir
     [
         ("id INTEGER PRIMARY KEY, part, text, number, data", "id", True),
         ("id INTEGER PRIMARY KEY, part, text, number, data", "ID,part", True),
-        ("id INTEGER PRIMARY KEY, part, text, number, data", "", False),
+        ("id INTEGER PRIMARY KEY, part, text, number, data", "", True),
+        ("id, part, text, number, data, PRIMARY KEY (part, id)", "", True),
+        ("id, part, text, number, data", "", False),
         ("id INTEGER PRIMARY KEY, part, text, number, data", "part", False),
         ("id, part, text, number, data, UNIQUE (part, id)", "id,part", True),
         ("id, part, text, number, data, UNIQUE (part, id)", "id", False),
@@ -104,6 +106,85 @@ async def test_only_a_unique_key_can_be_replayed(
     async with open_source(uri(file), environment, table="t", key=key) as source:
         (found,) = await splits_of(source)
     assert found.replayable is replayable
+
+
+async def test_the_primary_key_is_the_default(file: Path, environment: Environment) -> None:
+    """However its maker called it, and in its own order of columns."""
+    execute(file, 'CREATE TABLE t (a, "b c", PRIMARY KEY ("b c", a))', "INSERT INTO t VALUES (1, 2), (2, 1)")
+    async with open_source(uri(file), environment, table="t") as source:
+        (found,) = await splits_of(source)
+        whole = await read(source, found, Cut(1))
+        assert [r for b in whole for r in b.records] == [{"a": 2, "b c": 1}, {"a": 1, "b c": 2}]
+        assert plain(await read(source, found, Cut(1), whole[0].end)) == plain(whole[1:])
+
+
+async def test_tables_of_one_name_in_two_files(tmp_path: Path, environment: Environment) -> None:
+    """A unit that loads both into one target has the rows of both: the second is not the first, done."""
+    target, unit = tmp_path / "all.db", SinkSuite().by(1)
+    for number in (1, 2):
+        one = tmp_path / f"{number}.db"
+        execute(one, "CREATE TABLE t (id INTEGER PRIMARY KEY)", f"INSERT INTO t VALUES ({number})")
+        async with (
+            open_source(uri(one), environment, table="t", key="id") as source,
+            open_sink(uri(target), environment, table="t", key="id") as sink,
+        ):
+            (found,) = await splits_of(source)
+            async with sink.open(found, unit) as writer:
+                for batch in await read(source, found, Cut()):
+                    await writer.write(batch)
+                await writer.finish()
+    assert rows_of(target) == [{"id": 1}, {"id": 2}]
+
+
+async def test_a_generation_is_no_part_of_a_record(file: Path, environment: Environment) -> None:
+    """A table that flowlane upserted into is read like any other, and so goes into another table."""
+    await load(file, environment, [{"id": 1, "x": 2}], key="id", generation=7)
+    async with open_source(uri(file), environment, table="t", key="id") as source:
+        (found,) = await splits_of(source)
+        (batch,) = await read(source, found, Cut())
+    assert batch.records == [{"id": 1, "x": 2}]
+
+
+@pytest.mark.parametrize("key", ["id", ""])
+async def test_no_record_says_its_own_generation(file: Path, environment: Environment, key: str) -> None:
+    await load(file, environment, [{"id": 1}], key="id")
+    forged = [{"id": 2, "_flowlane_generation": 99}]
+    with pytest.raises(Permanent, match="'_flowlane_generation' is no plain name"):
+        await load(file, environment, forged, stream="v", key=key)
+    (bad,) = await load(file, environment, forged, stream="w", key=key, schema="quarantine")
+    assert bad.reason == "the table has no column '_flowlane_generation'"
+    assert rows_of(file) == [{"id": 1}]
+
+
+async def test_a_number_that_is_none_is_no_key(file: Path, environment: Environment) -> None:
+    """SQLite makes NULL of NaN, and a row of that key would be added once more with every load."""
+    records: list[Record] = [{"id": float("nan")}, {"id": 1.5}]
+    (bad,) = await load(file, environment, records, key="id")
+    assert bad.reason == "no value for its key (id)"
+    assert rows_of(file) == [{"id": 1.5}]
+
+
+async def test_a_field_whose_name_is_no_text(file: Path, environment: Environment) -> None:
+    """A map may return anything; it costs its record, and not the unit."""
+    odd: Any = {1: "a"}
+    (bad,) = await load(file, environment, [odd, {"id": 1}])
+    assert (bad.row, bad.reason) == (0, "a field's name is no text")
+    assert rows_of(file) == [{"id": 1}]
+    assert len(await load(file, environment, [odd], stream="v")) == 1
+
+
+async def test_columns_that_differ_beyond_ascii(file: Path, environment: Environment) -> None:
+    """To SQLite only the letters of ASCII are the same in both cases."""
+    execute(file, 'CREATE TABLE t ("É", "é")')
+    assert await load(file, environment, [{"É": 1, "é": 2}]) == []
+    assert rows_of(file) == [{"É": 1, "é": 2}]
+
+
+async def test_a_file_with_a_number_sign(tmp_path: Path, environment: Environment) -> None:
+    file = tmp_path / "a#b.db"
+    assert await load(file, environment, [{"id": 1}]) == []
+    assert rows_of(file) == [{"id": 1}]
+    assert not (tmp_path / "a").exists()
 
 
 async def test_a_changed_past_is_told_and_a_changed_future_read(file: Path, environment: Environment) -> None:

@@ -877,6 +877,31 @@ async def test_two_loads_of_one_unit_are_told_apart(bench: Bench) -> None:
     }
 
 
+@virtual
+async def test_one_source_loaded_twice_into_one_table(bench: Bench) -> None:
+    """What tells the two apart is which load it is: source, split, unit and table are the same."""
+    bench.world.tables.publish("rows://in", [rows(3)])
+
+    def mark(side: str) -> Callable[[Record], Record]:
+        def mark_or_refuse(record: Record) -> Record:
+            if record["n"] == 0:
+                raise BadRecord(f"none for {side}")
+            return {**record, "side": side}
+
+        return mark_or_refuse
+
+    async def load(event: Event, ctx: Context) -> None:
+        for side in ("left", "right"):
+            await ctx.load(ctx.rows("rows://in").map(mark(side)), to="table://out")
+
+    report = await bench.run(lane_of(load, policy=replace(QUICK, error_budget=1.0)))
+    assert (report.records["out"], report.records["quarantined"]) == (4, 2)
+    sides = Counter(row["side"] for row in bench.world.tables.tables["table://out"].rows)
+    assert sides == {"left": 2, "right": 2}
+    bad = b"".join(data for url, data in bench.world.lake.objects.items() if url.startswith("lake://bad/"))
+    assert bad.count(b"none for left") == bad.count(b"none for right") == 1
+
+
 async def _short(records: list[Record]) -> list[Record]:
     return records[1:]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gzip
 import itertools
+import sys
+from base64 import b64encode
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -398,6 +400,110 @@ async def test_a_target_that_nothing_opens_is_dead_with_its_reason(quick_site: S
     assert "file" in report.dead[0]["reason"], "what could be opened instead"
 
 
+async def test_an_absurd_retry_after_holds_no_other_hour_up(quick_site: Site) -> None:
+    site = quick_site
+    served = site.serve(range(6))
+    absurd = {"Retry-After": "Wed, 27 Nov 99999999999999999999 04:00:00 GMT"}
+    del served["2024-01-01-3.json.gz"]
+    site.server.serve("/2024-01-01-3.json.gz", b"", status=503, headers=absurd)
+    report = await site.run(site.lane())
+    assert (report.outcome, report.units["found"]) == ("settled", 5)
+    assert site.landed() == served
+
+
+async def test_a_redirect_that_cannot_be_followed_holds_no_other_hour_up(quick_site: Site) -> None:
+    site = quick_site
+    served = site.serve(range(6))
+    del served["2024-01-01-3.json.gz"]
+    site.server.serve("/2024-01-01-3.json.gz", b"", redirect="//[::1]:80@/")
+    lane = site.lane()
+    assert (await site.run(lane)).outcome == "settled"
+    assert site.landed() == served
+    assert "redirects to" in (await site.hours(lane))["pending"][text(3)]
+
+
+async def test_the_longest_wait_asked_for_is_waited(quick_site: Site) -> None:
+    site = quick_site
+    site.serve(range(6))
+    for hour, said in ((1, {}), (2, {"Retry-After": "1"})):
+        path = f"/2024-01-01-{hour}.json.gz"
+        site.server.serve(path, archive(), status=503, headers=said, times=1)
+    lane = site.lane(policy=Policy(retries=3, backoff="1ms", backoff_cap="120ms"))
+    assert (await site.run(lane)).units["settled"] == 6
+    failed = [e for e in await site.log(lane) if e.type == "attempt.failed"]
+    assert [progress(e).delay for e in failed] == [0.12]
+
+
+async def test_an_archive_compressed_again_on_its_way_is_no_archive(quick_site: Site) -> None:
+    site = quick_site
+    twice = gzip.compress(archive())
+    site.server.serve("/2024-01-01-0.json.gz", twice, headers={"Content-Encoding": "gzip"})
+    report = await site.run(site.lane(until="2024-01-01T01"))
+    assert "compressed already" in report.dead[0]["reason"]
+    assert site.landed() == {}
+
+
+@pytest.mark.parametrize("status", [0, 503])
+async def test_a_server_that_is_down_is_not_asked_for_years_of_hours(quick_site: Site, status: int) -> None:
+    """120 days, of which the bookmark could not even hold the excuses."""
+    site = quick_site
+    site.clock.jump(days=120)
+    url = site.server.url("/{t:%Y-%m-%d}-{t.hour}.json.gz")
+    asked = []
+
+    async def busy(*given: Any) -> bool:
+        asked.append(given)
+        reader, writer = given
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n" if status else b"")
+        return False
+
+    real, site.server._answer = site.server._answer, busy  # type: ignore[assignment, method-assign]
+    lane = site.lane(url=url, policy=Policy(retries=1, backoff="1ms"))
+    report = await site.run(lane)
+    assert "no answer for" in report.reason
+    assert len(asked) <= 2 * 3 * 16, "16, and in the next attempt 32; aiohttp may ask each one twice"
+    site.server._answer = real  # type: ignore[method-assign]
+    served = site.serve(range(24))
+    assert (await site.run(lane)).outcome == "settled"
+    assert site.landed() == served, "nothing was passed over meanwhile"
+
+
+async def test_many_hours_without_an_answer_hold_no_other_up(quick_site: Site) -> None:
+    """More than are asked for at once, among others that are there."""
+    site = quick_site
+    site.clock.jump(hours=66)  # it is 72:01
+    for hour in range(72):
+        moment = DAY + timedelta(hours=hour)
+        lie = {"status": 500} if 20 <= hour < 60 else {}
+        site.server.serve(f"/{moment:%Y-%m-%d}-{moment.hour}.json.gz", archive(100), **lie)
+    lane = site.lane()
+    report = await site.run(lane)
+    assert (report.outcome, report.units["settled"]) == ("settled", 32)
+    hours = await site.hours(lane)
+    assert (len(hours["pending"]), hours["bookmark"], hours["next"]) == (40, text(20), text(72))
+
+
+async def test_a_bookmark_takes_up_no_more_than_an_event_holds(
+    quick_site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An archive whose absent hours are forbidden, not missing: no end of pending ones."""
+    site = quick_site
+    monkeypatch.setattr(sys.modules[http_archive.__module__], "MAX_BOOKMARK", 10_000)
+    site.clock.jump(days=30)
+    site.serve(range(1))
+    for hour in range(1, 24 * 31):
+        moment = DAY + timedelta(hours=hour)
+        site.server.serve(f"/{moment:%Y-%m-%d}-{moment.hour}.json.gz", b"", status=418)
+    lane = site.lane()
+    assert "the bookmark is full" in (await site.run(lane)).reason
+    assert "status 418" in (await site.run(lane)).reason, "nobody answered otherwise any more"
+    hours = await site.hours(lane)
+    assert 10 < len(hours["pending"]) < 200
+    assert hours["bookmark"] == text(1)
+    assert set(site.landed()) == {"2024-01-01-0.json.gz"}
+
+
 # --------------------------------------------------------------------------- missing, late, again
 
 
@@ -477,6 +583,81 @@ async def test_refresh_keeps_what_was_landed_and_taken_away(quick_site: Site) ->
     hours = await site.hours(lane)
     assert [text(5), text(5)] not in hours["missing"], "it is a unit: it cannot be a gap too"
     assert site.landed() == served
+
+
+async def test_coverage_counts_a_period_once_and_none_before_the_start(quick_site: Site) -> None:
+    site = quick_site
+    site.serve(range(6))
+    lane = site.lane(refresh=True, max_gap="7d")
+    for page in (PAGE, PAGE + b"<!-- again -->"):
+        site.server.serve("/2024-01-01-3.json.gz", page)
+        assert (await site.run(lane)).units["dead"] == 1
+    hours = await site.hours(lane)
+    assert (len(hours["dead"]), hours["covered"]) == (2, 5), "two versions of one hour"
+    assert (await site.hours(site.lane(start="2024-01-01T04", refresh=True)))["covered"] == 2
+
+
+async def test_refresh_knows_versions_without_etags(quick_site: Site) -> None:
+    site = quick_site
+    first, second = ({"Last-Modified": f"Mon, 01 Jan 2024 0{n}:00:00 GMT"} for n in (6, 7))
+    served = site.serve(range(6), etags=[""], headers=first)
+    lane = site.lane(refresh=True)
+    assert (await site.run(lane)).units["settled"] == 6
+    assert (await site.run(lane)).units["found"] == 0
+    served |= site.serve(range(5, 6), etags=[""], headers=second)
+    report = await site.run(lane)
+    assert (report.outcome, report.units["settled"]) == ("settled", 1)
+    assert site.landed() == served
+
+
+async def test_a_start_moved_back_covers_what_lies_before(site: Site) -> None:
+    """Without asking again for what is covered; a gap among it, and more hours than are asked for at once."""
+    site.clock.jump(hours=18)  # it is 24:01
+    served = site.serve(range(24))
+    for hour in (2, 22):
+        site.server.remove(f"/2024-01-01-{hour}.json.gz")
+        del served[f"2024-01-01-{hour}.json.gz"]
+    later = site.lane(start="2024-01-01T21", max_gap="1h")
+    assert (await site.run(later)).units["settled"] == 2
+    lane = site.lane(max_gap="1h")
+    hours = await site.hours(lane)
+    assert (hours["start"], hours["covered"]) == (text(21), 2), "what nobody asked for is not covered"
+    asked = len(site.asked("HEAD"))
+    assert (await site.run(lane)).units["settled"] == 20
+    assert len(site.asked("HEAD")) == asked + 21
+    assert site.landed() == served
+    hours = await site.hours(lane)
+    assert (hours["start"], hours["next"], hours["covered"]) == (text(0), text(24), 22)
+    assert hours["missing"] == [[text(2), text(2)], [text(22), text(22)]]
+    assert (await site.run(lane)).units["found"] == 0
+
+
+async def test_a_start_moved_on_leaves_out_what_lies_before(quick_site: Site) -> None:
+    site = quick_site
+    site.serve(range(6))
+    site.server.remove("/2024-01-01-1.json.gz")
+    site.server.serve("/2024-01-01-2.json.gz", b"", status=418)
+    await site.run(site.lane(until="2024-01-01T03", max_gap="1h"))
+    lane = site.lane(start="2024-01-01T04")
+    hours = await site.hours(lane)
+    assert (hours["bookmark"], hours["covered"], hours["pending"], hours["missing"]) == (text(4), 0, {}, [])
+    asked = len(site.asked("HEAD"))
+    assert (await site.run(lane)).units["settled"] == 2
+    assert sorted(site.asked("HEAD")[asked:]) == [f"/2024-01-01-{n}.json.gz" for n in (4, 5)]
+    assert (await site.hours(lane))["covered"] == 2
+    served = site.serve(range(6))
+    assert (await site.run(site.lane())).units["settled"] == 3, "back again: 1, 2 and 3 were never landed"
+    assert site.landed().keys() == served.keys()
+
+
+async def test_an_earlier_span_apart_from_what_is_covered(quick_site: Site) -> None:
+    site = quick_site
+    served = site.serve(range(6))
+    await site.run(site.lane(start="2024-01-01T04"))
+    assert (await site.run(site.lane(until="2024-01-01T02"))).units["settled"] == 2
+    assert (await site.run(site.lane())).units["settled"] == 2
+    assert site.landed() == served
+    assert (await site.hours(site.lane()))["covered"] == 6
 
 
 async def test_refresh_supersedes_the_version_that_is_gone(quick_site: Site) -> None:
@@ -565,6 +746,37 @@ async def test_secrets_in_headers_reach_the_server_and_nothing_else(
         assert not file.is_file() or canary.encode() not in file.read_bytes(), file
 
 
+async def test_user_and_password_of_a_url_reach_the_server_and_nothing_else(site: Site) -> None:
+    canary = "canary@7d1e"
+    served = site.serve(range(2))
+    site.server.serve("/2024-01-01-1.json.gz", b"", redirect=site.server.url("/there"))
+    site.server.serve("/there", served["2024-01-01-1.json.gz"])
+    url = site.server.url("/{t:%Y-%m-%d}-{t.hour}.json.gz").replace("//", "//user:canary%407d1e@")
+    lane = site.lane(url=url, until="2024-01-01T02")
+    assert (await site.run(lane)).outcome == "settled"
+    assert site.landed() == served
+    basic = b64encode(f"user:{canary}".encode()).decode()
+    assert {r.headers.get("authorization") for r in site.server.requests} == {f"Basic {basic}"}
+    for event in await site.log(lane):
+        assert b"canary" not in encode(event)
+        assert basic.encode() not in encode(event)
+    with pytest.raises(ConfigError) as caught:
+        site.lane(url=url.replace("{t:%Y-%m-%d}-{t.hour}", "always"))
+    assert "canary" not in str(caught.value)
+    site.server.requests.clear()
+    other = http_archive(
+        "other",
+        url=url,
+        start=DAY,
+        until=DAY + timedelta(hours=1),
+        to=site.lake.as_uri() + "/o",
+        headers={"authorization": "Bearer mine"},
+        policy=QUICK,
+    )
+    await site.run(other)
+    assert {r.headers.get("authorization") for r in site.server.requests} == {"Bearer mine"}
+
+
 async def test_a_secret_that_is_not_there_is_named(quick_site: Site) -> None:
     quick_site.serve(range(6))
     report = await quick_site.run(quick_site.lane(headers={"Authorization": "env://NO_SUCH_TOKEN"}))
@@ -625,6 +837,13 @@ async def test_two_runs_at_once_find_each_hour_once(site: Site) -> None:
         ({"url": "http://h/all.gz?hour={t.hour}"}, "archives of different periods would land in"),
         ({"url": "http://h/{t.hour}/"}, "no file name"),
         ({"to": "file:///lake/{hour}/"}, "cannot be filled in"),
+        ({"to": "/data/lake"}, "is no URL"),
+        ({"to": Path("/data/lake")}, "is no URL"),
+        ({"to": None}, "is no URL"),
+        ({"url": "http://{t.hour}:pw@h/{t.hour}.gz"}, "put it into headers="),
+        ({"step": "99999999d"}, "no second period before the year 10000"),
+        ({"start": "9999-12-31T23"}, "no second period before the year 10000"),
+        ({"start": "0001-01-01T00:00+05:00"}, "is no time"),
         ({"start": "yesterday"}, "is no time"),
         ({"start": 2024}, "is no time"),
         ({"until": "2023-12-31T00"}, "is not after start"),
@@ -644,6 +863,7 @@ def test_what_cannot_be_used_is_said_in_one_line(options: dict[str, Any], said: 
         "to": "file:///lake/",
     }
     assert http_archive("hub", **good).name == "hub"
+    assert http_archive("hub", **{**good, "step": "3650d"}).name == "hub", "the calendar's end is far"
     with pytest.raises(ConfigError, match=said) as caught:
         http_archive("hub", **{**good, **options})
     assert "\n" not in str(caught.value)

@@ -14,11 +14,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flowlane.errors import ConfigError, Damaged, Permanent, Superseded
-from flowlane.ports import Bad, Batch, Cut
+from flowlane.ports import Bad, Batch, Cut, Record
 from flowlane.state import Position
 from flowlane.streams.csvrows import CsvRows
 from flowlane.streams.cutting import Cutter
 from flowlane.streams.dialect import CsvFormat
+from flowlane.streams.encode import CsvLines, encoded
 from flowlane.streams.nulls import Nulls
 
 BIG = Cut(10**9, 10**9)
@@ -190,6 +191,66 @@ def test_null_is_what_is_not_quoted() -> None:
     assert records(b'a,b\n,""\n', null=None) == [{"a": "", "b": ""}]
 
 
+@pytest.mark.parametrize("chunks", [(), (1,), (7,)])
+@pytest.mark.parametrize("quoted", [b'"NULL"', b'"N\\ULL"', b"\\NULL", b"NUL\\L"])
+def test_an_escaped_null_is_text(quoted: bytes, chunks: list[int]) -> None:
+    """However the input is cut, and whatever else is in the same stretch."""
+    form = CsvFormat(null="NULL", escape="\\")
+    for rest, last in ((b"x", "x"), (b"NULL", None), (b'"NULL"', "NULL")):
+        data = b"a,b\n" + quoted + b",y\nx," + rest + b"\n"
+        found = items(batches(data, form, chunks=chunks))
+        assert found == [{"a": "NULL", "b": "y"}, {"a": "x", "b": last}]
+
+
+def encode(form: CsvFormat, rows: Sequence[Record]) -> tuple[bytes, list[str]]:
+    """`rows` as a file of that form, and why some of them are not in it."""
+    refused: list[tuple[int, str]] = []
+    lines = CsvLines(form, list(rows[0]))
+    return lines.header() + b"".join(encoded(lines, rows, refused)), [reason for _, reason in refused]
+
+
+value = st.one_of(
+    st.none(),
+    field,
+    st.integers(-2, 2),
+    st.sampled_from(["N", "0", "-1", "\\N", 0.0, -1.0, 1e22, "0.0"]),
+)
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(
+    st.integers(2, 3).flatmap(
+        lambda width: st.lists(st.lists(value, min_size=width, max_size=width), min_size=1, max_size=5)
+    ),
+    st.sampled_from(",;\t|"),
+    st.sampled_from("\"'`"),
+    st.sampled_from(["", "\\", "^"]),
+    st.sampled_from(["", "N", "0", "-1", "0.0", None]),
+    chunking,
+)
+@example([[0, None]], ",", '"', "", "0", [])
+def test_values_and_nothing_survive_any_dialect(
+    rows: list[list[Any]], delimiter: str, quote: str, escape: str, null: str | None, chunks: list[int]
+) -> None:
+    form = CsvFormat(delimiter=delimiter, quote=quote, escape=escape, null=null)
+    given_rows = [{f"c{n}": v for n, v in enumerate(row)} for row in rows]
+    data, refused = encode(form, given_rows)
+    nothing = "" if null is None else None
+    wanted = [{name: nothing if v is None else str(v) for name, v in row.items()} for row in given_rows]
+    assert not refused
+    assert items(batches(data, form, chunks=chunks)) == wanted
+
+
+@pytest.mark.parametrize("taken", ["N", "0", 0])
+def test_without_quotes_a_null_token_is_nothing_else(taken: Any) -> None:
+    form = CsvFormat(quote="", null=str(taken))
+    data, refused = encode(form, [{"a": taken, "b": 1}, {"a": None, "b": 2}])
+    assert data == f"a,b\r\n{taken},2\r\n".encode()
+    assert refused == [
+        f"cannot be written: '{taken}' stands for no value, and without quotes for nothing else"
+    ]
+
+
 def test_a_byte_order_mark_is_dropped_and_counted() -> None:
     (batch,) = batches(b"\xef\xbb\xbfa\n1\n", CsvFormat(), chunks=[1])
     assert batch.records == [{"a": "1"}]
@@ -298,6 +359,7 @@ def test_not_even_a_header(data: bytes) -> None:
         (b"a,,b\n", "column 2 has no name"),
         (b'"a\nb', "does not end"),
         (b'"a"b\n', "malformed"),
+        (b"a,b\r1,2\r", "its lines end with CR alone: convert them to LF"),
         (b"\xff\n", "not utf-8"),
         (b"x" * 300, "no end of its CSV header within 200 bytes"),
     ],

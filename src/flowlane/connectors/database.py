@@ -23,6 +23,9 @@ PATIENCE: Final = 30.0
 #: What refuses a single row: its values, or a constraint of the table.
 UNFIT: Final = (sqlite3.IntegrityError, sqlite3.DataError, OverflowError, UnicodeError, ValueError, TypeError)
 
+#: The generation that a row was written by; in every table that is upserted into.
+GENERATION: Final = "_flowlane_generation"
+
 #: The application id of a backend's file (``backends.sqlite.schema``), which holds no tables of others.
 _BACKEND: Final = 0x666C6F77
 
@@ -57,7 +60,8 @@ def path_of(uri: str) -> Path:
         ConfigError: it names none.
     """
     parts = urlsplit(uri)
-    path = unquote(parts.path[1:])
+    # What urlsplit takes for a fragment belongs to the name: the file before the # would be another one.
+    path = unquote(uri.partition("?")[0].partition("://")[2][1:])
     if parts.scheme != "sqlite" or parts.netloc or not path or path == ":memory:" or "\0" in path:
         raise ConfigError(f"{uri}: write sqlite:///relative/path or sqlite:////absolute/path of a file")
     return Path(path)
@@ -80,6 +84,16 @@ def quoted(name: str, what: str, error: type[FlowlaneError] = Permanent) -> str:
             "not beginning with a digit or _flowlane: rename it"
         )
     return f'"{name}"'
+
+
+def escaped(name: str) -> str:
+    """The name of a column that is there: its maker may have called it anything."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def folded(name: str) -> str:
+    """What two names of one column have in common: to SQLite only the letters of ASCII have no case."""
+    return name.lower() if name.isascii() else "".join(c.lower() if c.isascii() else c for c in name)
 
 
 class Database:

@@ -12,13 +12,14 @@ from bisect import bisect_left
 from collections.abc import AsyncGenerator, Iterator
 from hashlib import blake2b
 from itertools import accumulate
+from operator import itemgetter
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from flowlane.clock import Clock
-from flowlane.connectors.database import Database, quoted
+from flowlane.connectors.database import GENERATION, Database, escaped, folded, quoted
 from flowlane.errors import ConfigError, Permanent, Superseded
 from flowlane.ports import Batch, Cut, Split
 from flowlane.state import Position
@@ -33,8 +34,9 @@ _encoder: Final = msgspec.json.Encoder()
 class SqliteSource:
     """See ``ports.Source``. The table is one split, and its rows are dicts of what SQLite holds.
 
-    It is replayable if no two rows can have the same `key`; what pins it are its columns (the ETag) and the
-    checksum of the rows before a position. Without a key rows come in no order that can be had again.
+    It is replayable if no two rows can have the same `key`, by default the primary key; what pins it are its
+    columns (the ETag) and the checksum of the rows before a position. A table without a primary key comes in
+    no order that can be had again. A generation that flowlane wrote beside a row is no part of the record.
     """
 
     def __init__(self, clock: Clock, path: Path, table: str, key: tuple[str, ...]) -> None:
@@ -51,11 +53,12 @@ class SqliteSource:
         """
         database = await Database.open(self._clock, self._path, write=False)
         try:
-            etag, unique = await database.run(self._describe)
+            etag, _, unique = await database.run(self._describe)
         finally:
             await database.close()
         url = f"sqlite:///{self._path}?table={self._table}"
-        yield Split(self._table, url, etag=etag if unique else "", replayable=unique)
+        # The file is part of the name: a sink that has one file's table would take another's for done.
+        yield Split(url, url, etag=etag if unique else "", replayable=unique)
 
     async def read(self, split: Split, position: Position, cut: Cut) -> AsyncGenerator[Batch]:
         """See ``Source.read``.
@@ -73,36 +76,38 @@ class SqliteSource:
         finally:
             await database.close()
 
-    def _describe(self, connection: sqlite3.Connection) -> tuple[str, bool]:
-        """What tells the table's columns from others, and whether its key is unique."""
+    def _describe(self, connection: sqlite3.Connection) -> tuple[str, list[str], bool]:
+        """What tells the table's columns from others, the key to read by, and whether that is unique."""
         columns = connection.execute(f"PRAGMA table_xinfo({quoted(self._table, 'table')})").fetchall()
         if not columns:
             raise ConfigError(f"{self._path}: there is no table {self._table}")
-        names = {name.lower() for _, name, *_ in columns}
+        names = {folded(name) for _, name, *_ in columns}
         for name in self._key:
-            if name.lower() not in names:
+            if folded(name) not in names:
                 raise ConfigError(f"{self._path}: table {self._table} has no column {name}")
-        digest = blake2b(_encoder.encode([self._key, columns]), digest_size=16).hexdigest()
-        return f'"{digest}"', self._unique(connection, [(n, pk) for _, n, _, _, _, pk, *_ in columns])
+        primary = [name for _, name, _, _, _, place, *_ in sorted(columns, key=itemgetter(5)) if place]
+        key = list(self._key) or primary
+        digest = blake2b(_encoder.encode([key, columns]), digest_size=16).hexdigest()
+        return f'"{digest}"', key, self._unique(connection, key, primary)
 
-    def _unique(self, connection: sqlite3.Connection, columns: list[tuple[str, int]]) -> bool:
-        key = {name.lower() for name in self._key}
-        sets = [{name.lower() for name, place in columns if place}]
+    def _unique(self, connection: sqlite3.Connection, by: list[str], primary: list[str]) -> bool:
+        key = set(map(folded, by))
+        sets = [set(map(folded, primary))]
         name = quoted(self._table, "table")
         for _, index, unique, _, partial in connection.execute(f"PRAGMA index_list({name})").fetchall():
             if unique and not partial:
                 found = connection.execute("SELECT name FROM pragma_index_info(?)", (index,))
-                sets.append({column.lower() for (column,) in found if column})
+                sets.append({folded(column) for (column,) in found if column})
         return any(some and some <= key for some in sets)
 
     def _begin(
         self, connection: sqlite3.Connection, split: Split, position: Position, cut: Cut
     ) -> Iterator[Batch | None]:
         connection.execute("BEGIN")  # one moment: what is written meanwhile is not seen
-        etag, _ = self._describe(connection)
+        etag, key, _ = self._describe(connection)
         if split.etag and etag != split.etag:
             raise Superseded(f"{split.url}: its columns were changed")
-        order = ", ".join(quoted(name, "key column") for name in self._key)
+        order = ", ".join(map(escaped, key))
         query = f"SELECT * FROM {quoted(self._table, 'table')}"  # noqa: S608 - a checked name
         cursor = connection.execute(query + (f" ORDER BY {order}" if order else ""))
         return self._batches(cursor, split.url, position, cut)
@@ -121,6 +126,9 @@ class SqliteSource:
                 passed = len(data) - len(rest)
                 first = bisect_left(ends, passed) + 1 if passed else 0
                 items = [dict(zip(names, row, strict=True)) for row in rows[first:]]
+                if GENERATION in names:  # flowlane's own word on the row, which another table has of its own
+                    for item in items:
+                        del item[GENERATION]
                 chunk = Chunk(rest, items, 0, [end - passed for end in ends[first:]])  # type: ignore[arg-type]
                 yield from map(_sized, cutter.feed(chunk))
                 yield None

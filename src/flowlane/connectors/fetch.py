@@ -21,7 +21,8 @@ from yarl import URL
 
 from flowlane.clock import Clock
 from flowlane.connectors.guard import refused
-from flowlane.errors import ConfigError, Incomplete, Permanent, Retryable
+from flowlane.errors import ConfigError, Damaged, Incomplete, Permanent, Retryable
+from flowlane.streams.inflate import Decoder, decoder
 
 MAX_HOPS: Final = 5
 #: aiohttp stops reading from the socket at twice this many unread bytes: the backpressure.
@@ -45,14 +46,14 @@ _REFUSED: Final = -4096
 
 
 def redact(url: str | URL) -> str:
-    """`url` fit for a message: without query, fragment, user and password."""
+    """`url` fit for a message: without query, fragment, user and password, and printable."""
     text = str(url)
     try:
-        parsed = URL(text)
+        parsed = _split(text)
         bare = parsed.with_user(None).with_query(None).with_fragment(None)
     except ValueError:
         return ascii(text.partition("?")[0].rpartition("@")[2])
-    return str(bare) + ("?..." if parsed.raw_query_string else "")
+    return _printable(str(bare)) + ("?..." if parsed.raw_query_string else "")
 
 
 def parse(url: str, base: URL | None = None) -> URL:
@@ -62,7 +63,7 @@ def parse(url: str, base: URL | None = None) -> URL:
     Raises:
         ValueError: it is no http(s) URL with a host.
     """
-    parsed = URL(url, encoded=_ENCODED.fullmatch(url) is not None)
+    parsed = _split(url, encoded=_ENCODED.fullmatch(url) is not None)
     if base is not None:
         parsed = base.join(parsed)
     if parsed.scheme not in ("http", "https") or not parsed.host:
@@ -70,6 +71,13 @@ def parse(url: str, base: URL | None = None) -> URL:
     if not 0 < (parsed.port or 0) < 65536:
         raise ValueError("not a port")
     return parsed
+
+
+def _split(url: str, *, encoded: bool = False) -> URL:
+    try:
+        return URL(url, encoded=encoded)
+    except IndexError:  # what yarl 1.25 makes of //[::1]:80@/
+        raise ValueError("no host behind the user") from None
 
 
 def open_session(*, allow_private_hosts: bool) -> aiohttp.ClientSession:
@@ -108,7 +116,8 @@ async def ask(
 
     Raises:
         ConfigError: the URL or a header cannot be sent.
-        Permanent: an address or a redirect is refused, or the server's certificate is.
+        Permanent: an address or a redirect is refused or cannot be followed, or the server's certificate is
+            refused.
         Retryable: no answer, or none that is HTTP.
     """
     try:
@@ -121,8 +130,8 @@ async def ask(
     sent.update(own)
     try:
         async with asyncio.timeout(ANSWER_TIMEOUT):
-            for _ in range(MAX_HOPS + 1):
-                response = await _send(session, method, target, sent)
+            for hops in range(MAX_HOPS + 1):
+                response = await _send(session, method, target, sent, redirected=hops > 0)
                 if response.status not in _REDIRECTS or "Location" not in response.headers:
                     return response
                 response.close()
@@ -142,16 +151,21 @@ def _hop(current: URL, location: str) -> URL:
         raise Permanent(f"{redact(current)} redirects to {redact(location)}: {error}") from None
     if current.scheme == "https" and target.scheme == "http":
         raise Permanent(f"{redact(current)} redirects from https to {redact(target)}: refused")
+    if target.raw_user is None and target.origin() == current.origin():
+        # A Location that spells out the origin names no user; that is no reason to forget ours.
+        target = target.with_user(current.user).with_password(current.password) if current.user else target
     return target
 
 
 async def _send(
-    session: aiohttp.ClientSession, method: str, url: URL, headers: Mapping[str, str]
+    session: aiohttp.ClientSession, method: str, url: URL, headers: Mapping[str, str], *, redirected: bool
 ) -> aiohttp.ClientResponse:
     try:
         return await session.request(method, url, headers=headers, allow_redirects=False)
     except ValueError as error:  # includes InvalidURL; of a header, aiohttp says only that it is unsafe
-        raise ConfigError(f"{method} {redact(url)} cannot be sent: {type(error).__name__}") from None
+        # Only the first URL is the user's; what a server redirects to condemns that one object.
+        kind = Permanent if redirected else ConfigError
+        raise kind(f"{method} {redact(url)} cannot be sent: {type(error).__name__}") from None
     except BROKEN as error:
         no_answer(method, url, error)
 
@@ -173,8 +187,11 @@ def no_answer(method: str, url: str | URL, error: BaseException) -> NoReturn:
 
 def one_line(error: object) -> str:
     """The first 200 characters of `error`, printable and on one line; what a server sent may be in it."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return "".join(c if c.isprintable() else "?" for c in text[:200])
+    return _printable((" ".join(str(error).split()) or type(error).__name__)[:200])
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def check(method: str, url: str, response: aiohttp.ClientResponse, clock: Clock) -> None:
@@ -201,7 +218,7 @@ def retry_after(value: str, now: datetime) -> float | None:
         return min(float(value[:9]), _MAX_DELAY)
     try:
         until = parsedate_to_datetime(value)
-    except (ValueError, IndexError):
+    except (ValueError, IndexError, OverflowError):
         return None
     if until.tzinfo is None:
         until = until.replace(tzinfo=UTC)
@@ -210,16 +227,60 @@ def retry_after(value: str, now: datetime) -> float | None:
 
 def refuse_encoding(url: str, response: aiohttp.ClientResponse) -> None:
     """Refuse a body that is encoded in spite of ``Accept-Encoding: identity``, for its bytes are not the
-    object's. Many servers label a ``.gz`` file by its own encoding: there they are.
+    object's. Many servers label a ``.gz`` file by its own encoding: there they are (see ``Wrapping``).
 
     Raises:
         Incomplete: the body is encoded and the URL does not say so.
     """
-    for token in response.headers.get("Content-Encoding", "").lower().split(","):
-        encoding = token.strip()
+    for token in response.headers.get("Transfer-Encoding", "").lower().split(","):
+        if token.strip() not in ("", "identity", "chunked"):
+            raise Incomplete(
+                f"GET {redact(url)}: the body is sent as {one_line(token)}, which was not asked for"
+            )
+    for encoding in encodings(response):
         suffix = {"gzip": ".gz", "x-gzip": ".gz", "zstd": ".zst"}.get(encoding, "?")
-        if encoding in ("", "identity", "aws-chunked") or url.partition("?")[0].lower().endswith(suffix):
+        if url.partition("?")[0].lower().endswith(suffix):
             continue
         raise Incomplete(
             f"GET {redact(url)}: the body is encoded as {one_line(encoding)} although identity was asked for"
         )
+
+
+def encodings(response: aiohttp.ClientResponse) -> list[str]:
+    """The codings that the body is said to be in, in the order they were applied."""
+    said = (token.strip() for token in response.headers.get("Content-Encoding", "").lower().split(","))
+    return [coding for coding in said if coding not in ("", "identity", "aws-chunked")]
+
+
+class Wrapping:
+    """Looks whether a ``.gz`` (``.zst``) body that is labelled as encoded was encoded a second time on its
+    way, which no proof of the body itself would notice: the object is then inside of what came."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._decoder: Decoder | None = decoder(url)
+        self._head = b""
+
+    def check(self, block: bytes) -> None:
+        """The body goes on with `block`.
+
+        Raises:
+            Damaged: what it decodes to is of the kind that its name promises of itself.
+        """
+        if self._decoder is None:
+            return
+        try:
+            for piece in self._decoder.feed(block):
+                self._head += piece[:4]
+                if len(self._head) >= 4:
+                    break
+            else:
+                return
+        except Damaged:
+            pass  # to be found out, and said, by whoever proves it
+        self._decoder = None
+        if self._head.startswith((b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd")):
+            raise Damaged(
+                f"GET {redact(self._url)}: the server has compressed what was compressed already, although "
+                "identity was asked for"
+            )

@@ -31,6 +31,7 @@ T = TypeVar("T")
 _SLICE: Final = 256  # objects listed per hop
 _REFUSED: Final = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_SUCH: Final = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}
+_FULL: Final = {errno.ENOSPC, errno.EDQUOT}
 _NOT_A_TARGET: Final = {
     errno.ENOTDIR,
     errno.EEXIST,
@@ -341,4 +342,5 @@ def _writing(url: str) -> Iterator[None]:
             raise ConfigError(f"cannot write {url}: {why}: choose another target") from None
         if error.errno in _NOT_A_TARGET:
             raise Permanent(f"cannot write {url}: {why}: choose another name") from None
-        raise Retryable(f"cannot write {url}: {why}") from None
+        hint = ": make room, then redrive what is dead" if error.errno in _FULL else ""
+        raise Retryable(f"cannot write {url}: {why}{hint}") from None

@@ -28,6 +28,12 @@ MAX_RESUMES: Final = 5
 #: A server that asks for more than these seconds before a resume is left to the stage's retry policy.
 MAX_PATIENCE: Final = 5.0
 
+#: A block is handed out that took longer than these seconds to gather, however small it is (but for the
+#: first few bytes, by which an object is known): who reads has a deadline to look to.
+MAX_GATHERING: Final = 1.0
+_FEW: Final = 4096
+
+_NO_HEAD: Final = frozenset({400, 403, 405, 501})
 _RANGE: Final = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)")
 _STRONG: Final = re.compile(r'"[\x21\x23-\x7e\x80-\xff]*"')  # RFC 9110, section 8.8.3: not W/"..."
 _UNSATISFIED: Final = re.compile(r"bytes \*/(\d{1,18})")
@@ -49,10 +55,11 @@ class HttpStore:
 
     async def head(self, url: str, *, headers: Mapping[str, str] | None = None) -> ObjectInfo | None:
         """See ``Store.head``. 404 and 410 say for certain that there is nothing; a server that does not
-        know HEAD (405, 501) is asked for one byte instead."""
+        know HEAD (405, 501), or does not allow it here (400, 403: a URL that is signed for GET, say), is
+        asked for one byte instead."""
         response = await fetch.ask(self._session, "HEAD", url, own={}, headers=headers)
         response.close()
-        if response.status in (405, 501):
+        if response.status in _NO_HEAD:
             own = {"Range": "bytes=0-0"}
             response = await fetch.ask(self._session, "GET", url, own=own, headers=headers)
             response.close()
@@ -151,6 +158,7 @@ class HttpBody:
         self._stop = -1  # where the answer's body ends, in the object; -1: where the connection does
         self._info = ObjectInfo(wanted.url, etag=wanted.etag)
         self._proven = False
+        self._wrapping: fetch.Wrapping | None = None
         self._ended = False  # the answer's body has, by what the transport says
 
     @property
@@ -192,6 +200,8 @@ class HttpBody:
             return
         fetch.check("GET", url, response, self._clock)
         fetch.refuse_encoding(url, response)
+        if not self._position:
+            self._wrapping = fetch.Wrapping(url) if fetch.encodings(response) else None
         self._accept(response, _Extent.of(url, response))
 
     def _accept(self, response: aiohttp.ClientResponse, extent: _Extent) -> None:
@@ -262,13 +272,16 @@ class HttpBody:
         block = self._cut(parts[0] if len(parts) == 1 else b"".join(parts))
         if 0 <= self._stop < self._position + len(block):
             raise Incomplete(f"GET {redact(self._wanted.url)}: more bytes came than the answer announced")
+        if self._wrapping is not None:
+            self._wrapping.check(block)
         return block, over
 
     async def _gather(self, parts: list[bytes]) -> None:
-        """Read a block into `parts`, less at the end; what came before an error stays there."""
+        """Read a block into `parts`, less at the end or if it comes slowly; what came before an error stays
+        there."""
         assert self._response is not None
-        size = 0
-        while size < BLOCK:
+        size, began = 0, self._clock.monotonic()
+        while size < BLOCK and (size < _FEW or self._clock.monotonic() - began < MAX_GATHERING):
             part = await self._response.content.read(BLOCK - size)
             if not part:
                 return

@@ -183,7 +183,10 @@ class Part:
                 same = bool(block) and other.read(len(block)) == block
                 position += len(block)
         if not same:
-            raise Fenced(f"{self.target} exists already with another content; nothing was changed")
+            raise Fenced(
+                f"{self.target} exists already with another content; nothing was changed: move it away and "
+                "redrive, or choose another folder"
+            )
 
     def abort(self) -> None:
         """The part is gone, if it is still this owner's."""

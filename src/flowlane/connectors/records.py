@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final, Literal, get_args
 
@@ -32,7 +32,7 @@ async def open_source(
     quote: str | None = None,
     escape: str | None = None,
     header: str | bool | None = None,
-    columns: str | None = None,
+    columns: str | Sequence[str] | None = None,
     encoding: str | None = None,
     null: str | None = None,
 ) -> AsyncIterator[StoreSource]:
@@ -79,21 +79,24 @@ async def open_sink(
     if schema not in get_args(Schema):
         raise ConfigError(f"{redact(uri)}: schema={schema!r}: must be {', '.join(get_args(Schema))}")
     kind = kind_of(uri, format or ("jsonl.gz" if uri.endswith("/") else ""))
+    form = _dialect(csv, {})
     store = await environment.connections.store(uri)
-    yield StoreSink(store, environment.clock, uri, kind, csv or CsvFormat(), schema)
+    yield StoreSink(store, environment.clock, uri, kind, form, schema)
 
 
 def _dialect(csv: CsvFormat | None, changes: Mapping[str, Any]) -> CsvFormat:
-    form = csv or CsvFormat()
+    form = CsvFormat() if csv is None else csv
+    if not isinstance(form, CsvFormat):
+        raise ConfigError(f"csv={form!r}: must be a CsvFormat(...)")
     given = {name: _value(name, value) for name, value in changes.items() if value is not None}
     if not given:
         return form
     return CsvFormat(**{name: getattr(form, name) for name in (*changes, *_LIMITS)} | given)
 
 
-def _value(name: str, value: str | bool) -> Any:
-    if isinstance(value, bool):
-        return value
+def _value(name: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        return value  # from a keyword, as ``CsvFormat`` has it
     if name == "columns":
         return [part.strip() for part in value.split(",")]
     if name == "header":

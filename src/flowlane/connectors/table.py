@@ -11,18 +11,16 @@ from collections.abc import Iterator, Sequence
 from datetime import date, datetime, time
 from decimal import Decimal
 from itertools import groupby
+from math import isnan
 from operator import itemgetter
 from typing import Any, Final
 from uuid import UUID
 
 import msgspec
 
-from flowlane.connectors.database import UNFIT, plain, quoted
+from flowlane.connectors.database import GENERATION, UNFIT, escaped, folded, plain, quoted
 from flowlane.errors import Permanent
 from flowlane.ports import Bad, Record, TableSpec
-
-#: The generation that a row was written by; in every table that is upserted into.
-GENERATION: Final = "_flowlane_generation"
 
 _AS_THEY_ARE: Final = frozenset({str, int, float, bytes, bool, type(None)})
 _AS_TEXT: Final = (datetime, date, time, Decimal, UUID)
@@ -64,18 +62,21 @@ class Table:
     ) -> list[Numbered]:
         """Make the table and the records fit each other; the records that do."""
         self._columns = self._existing(connection)
-        shapes = dict.fromkeys(tuple(record) for _, record in numbered)
+        numbered, shapes = self._named(numbered, refused)
+        if not numbered:
+            return numbered
         names = list(dict.fromkeys(name for shape in shapes for name in shape))
         kept = numbered
         if not self._columns:
             self._refuse_names([name for name in names if not plain(name)])
             self._create(connection, names, numbered)
         else:
-            new = [name for name in names if name.lower() not in self._columns]
+            mine = {GENERATION}  # is there, but not for records: one could outlive every later generation
+            new = [name for name in names if folded(name) not in self._columns.keys() - mine]
             kept = self._meet(connection, numbered, new, refused) if new else numbered
         if self._upsert and GENERATION not in self._columns:
             self._add_generation(connection)
-        twice = {shape for shape in shapes if len({name.lower() for name in shape}) < len(shape)}
+        twice = {shape for shape in shapes if len({folded(name) for name in shape}) < len(shape)}
         if twice:
             refused += [
                 (number, "two of its fields name one column") for number, r in kept if tuple(r) in twice
@@ -83,15 +84,29 @@ class Table:
             kept = [item for item in kept if tuple(item[1]) not in twice]
         return kept
 
+    def _named(
+        self, numbered: list[Numbered], refused: list[tuple[int, str]]
+    ) -> tuple[list[Numbered], dict[tuple[str, ...], None]]:
+        """The records whose fields have names (a ``map`` may return anything), and the shapes among them."""
+        shapes = dict.fromkeys(tuple(record) for _, record in numbered)
+        odd = {shape for shape in shapes if not all(isinstance(name, str) for name in shape)}
+        if not odd:
+            return numbered, shapes
+        refused += [(number, "a field's name is no text") for number, r in numbered if tuple(r) in odd]
+        return (
+            [item for item in numbered if tuple(item[1]) not in odd],
+            {shape: None for shape in shapes if shape not in odd},
+        )
+
     def _existing(self, connection: sqlite3.Connection) -> dict[str, str]:
         found = connection.execute(f"PRAGMA table_info({self._name})")
-        return {name.lower(): name for _, name, *_ in found}
+        return {folded(name): name for _, name, *_ in found}
 
     def _create(
         self, connection: sqlite3.Connection, names: Sequence[str], numbered: Sequence[Numbered]
     ) -> None:
-        wanted = {name.lower(): name for name in reversed([*self._spec.key, *names])}
-        ordered = [wanted[low] for low in dict.fromkeys(n.lower() for n in (*self._spec.key, *names))]
+        wanted = {folded(name): name for name in reversed([*self._spec.key, *names])}
+        ordered = [wanted[low] for low in dict.fromkeys(folded(n) for n in (*self._spec.key, *names))]
         if not ordered:
             raise Permanent(f"table {self._spec.name} does not exist, and records without fields make none")
         declared = [f"{quoted(name, 'column')} {_affinity(name, numbered)}".strip() for name in ordered]
@@ -122,7 +137,7 @@ class Table:
                 f"table {self._spec.name} has no column {new[0][:80]!a}, and schema=freeze adds none"
             )
         self._refuse_names([name for name in new if not plain(name)])
-        for name in {name.lower(): name for name in reversed(new)}.values():
+        for name in {folded(name): name for name in reversed(new)}.values():
             kind = _affinity(name, numbered)
             connection.execute(f"ALTER TABLE {self._name} ADD COLUMN {quoted(name, 'column')} {kind}")
         self._columns = self._existing(connection)
@@ -152,7 +167,7 @@ class Table:
     ) -> None:
         """Consecutive records with the same fields."""
         rows = list(self._rows(shape, run, refused))
-        statement = self._statement([self._columns[name.lower()] for name in shape])
+        statement = self._statement([self._columns[folded(name)] for name in shape])
         connection.execute("SAVEPOINT run")
         try:
             connection.executemany(statement, [values for _, values in rows])
@@ -169,9 +184,9 @@ class Table:
         self, shape: tuple[str, ...], run: list[Numbered], refused: list[tuple[int, str]]
     ) -> Iterator[tuple[int, tuple[Any, ...]]]:
         behind = (self._generation,) if self._upsert else ()
-        low = [name.lower() for name in shape]
-        missing = [name for name in self._spec.key if self._upsert and name.lower() not in low]
-        keys = [low.index(name.lower()) for name in self._spec.key] if self._upsert and not missing else []
+        low = [folded(name) for name in shape]
+        missing = [name for name in self._spec.key if self._upsert and folded(name) not in low]
+        keys = [low.index(folded(name)) for name in self._spec.key] if self._upsert and not missing else []
         for number, record in run:
             values = tuple(record.values())
             if not _AS_THEY_ARE.issuperset(map(type, values)):
@@ -180,13 +195,13 @@ class Table:
                 except UNFIT as error:
                     refused.append((number, f"cannot be stored: {error}"))
                     continue
-            if missing or any(values[place] is None for place in keys):
+            if missing or any(_nothing(values[place]) for place in keys):
                 refused.append((number, f"no value for its key ({', '.join(self._spec.key)})"))
             else:
                 yield number, values + behind
 
     def _statement(self, columns: list[str]) -> str:
-        names = [_escaped(name) for name in columns]
+        names = [escaped(name) for name in columns]
         if self._upsert:
             names.append(f'"{GENERATION}"')
         if not names:
@@ -196,7 +211,7 @@ class Table:
         if not self._upsert:
             return insert
         keys = {
-            _escaped(self._columns[name.lower()]) for name in self._spec.key if name.lower() in self._columns
+            escaped(self._columns[folded(name)]) for name in self._spec.key if folded(name) in self._columns
         }
         changes = ", ".join(f"{name} = excluded.{name}" for name in names if name not in keys)
         # SQLite keeps to the order of the rows: of those that share a key, the last one stays.
@@ -209,9 +224,9 @@ class Table:
         return ", ".join(quoted(name, "key column") for name in self._spec.key)
 
 
-def _escaped(name: str) -> str:
-    """The name of a column that is there: its maker may have called it anything."""
-    return '"' + name.replace('"', '""') + '"'
+def _nothing(value: Any) -> bool:
+    """Whether SQLite stores NULL for `value`, which is the key of no row: as it does for NaN."""
+    return value is None or (isinstance(value, float) and isnan(value))
 
 
 def _affinity(name: str, numbered: Sequence[Numbered]) -> str:

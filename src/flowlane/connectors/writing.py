@@ -8,12 +8,13 @@ finished, and died before it could say so, is known again.
 
 from __future__ import annotations
 
+import csv
 import re
 import zlib
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from hashlib import blake2b
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -23,7 +24,7 @@ from flowlane.errors import Damaged, Fenced, Incomplete, Permanent, redact
 from flowlane.ports import Bad, Batch, Record, Split, Store, UnitRef, Upload
 from flowlane.state import Position
 from flowlane.streams.dialect import CsvFormat
-from flowlane.streams.encode import CsvLines, Encoder, JsonLines, encoded, packer
+from flowlane.streams.encode import CsvLines, Encoder, JsonLines, encoded, only, packer
 from flowlane.streams.inflate import decoder
 from flowlane.streams.kinds import Kind, stem_of
 
@@ -200,13 +201,13 @@ class ObjectWriter:
         first = not self._state.size
         columns = self._columns(records) if first else self._state.columns
         upload = self._upload or await self._open()
+        if self._schema == "freeze" and columns is not None:
+            await hop(self._clock, self._hold_to, frozenset(columns), records)
         packing = _Packing(self._kind, self._encoder(columns), self._state)
         found = packing.pieces(records, refused, self._header(columns) if first else b"")
         while isinstance(piece := await hop(self._clock, next, found, _END), bytes):
             if self._stands is None:
                 await upload.write(piece)
-        if self._schema == "freeze" and refused:
-            raise Permanent(f"{redact(self._url)}: {refused[0][1]}")
         if packing.size:
             size = self._state.size + packing.size
             if self._stands is None and await upload.flush() != size:
@@ -217,12 +218,21 @@ class ObjectWriter:
     def _columns(self, records: Sequence[Record]) -> list[str] | None:
         if self._kind.rows == "jsonl" and self._schema == "evolve":
             return None
-        columns = list(dict.fromkeys(name for record in records for name in record))
+        # A name that is no text makes no column: whatever record has it is refused.
+        names: dict[Any, None] = dict.fromkeys(name for record in records for name in record)
+        columns = [name for name in names if isinstance(name, str)]
         if self._form.columns and self._kind.rows == "csv":
             columns = list(self._form.columns)
         if sum(map(len, columns)) > _MAX_HEADER:
             raise Permanent(f"{redact(self._url)}: too many columns to be held to: write format=jsonl")
         return columns
+
+    def _hold_to(self, columns: frozenset[str], records: Sequence[Record]) -> None:
+        for record in records:
+            try:
+                only(record, columns)
+            except ValueError as error:
+                raise Permanent(f"{redact(self._url)}: {error}, and schema=freeze adds none") from None
 
     def _encoder(self, columns: list[str] | None) -> Encoder:
         return CsvLines(self._form, columns or []) if self._kind.rows == "csv" else JsonLines(columns)
@@ -230,7 +240,13 @@ class ObjectWriter:
     def _header(self, columns: list[str] | None) -> bytes:
         if self._kind.rows != "csv" or not self._form.header:
             return b""
-        return CsvLines(self._form, columns or []).header()
+        try:
+            return CsvLines(self._form, columns or []).header()
+        except (csv.Error, UnicodeEncodeError) as error:
+            raise Permanent(
+                f"{redact(self._url)}: its columns make no CSV header ({error}): rename them "
+                "in map, or write format=jsonl"
+            ) from None
 
     def _check(self) -> None:
         if self._writing:

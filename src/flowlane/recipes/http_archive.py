@@ -8,10 +8,12 @@ gap once it is old. A server that does not answer (5xx, 429) has not said "missi
 from __future__ import annotations
 
 import asyncio
+import re
+from base64 import b64encode
 from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 
@@ -23,8 +25,15 @@ from flowlane.status import LogView
 
 #: Periods asked for at once.
 PROBES = 16
+#: So many times in a row may nobody answer for ``PROBES`` periods before the rest is left for another time.
+MAX_SILENCE = 4
+#: A bookmark is one event: beyond this it takes up no further periods. Leaves room for those in hand.
+MAX_BOOKMARK = 200_000
+#: ... of which an answer takes up at most so many characters.
+_MAX_REASON = 200
 #: Periods whose landing places are compared when a lane is declared: more than a month of hours.
 _LOOK_AHEAD = 800
+_DOOMSDAY = datetime.max.replace(tzinfo=UTC)
 
 
 class Archive(Unit, key=("period",), type="hour"):
@@ -55,7 +64,8 @@ class Pending(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Bookmark(Fact, type="bookmark"):
-    """How far the archive is covered: every period before ``next`` is a unit, pending, or a gap."""
+    """How far the archive is covered: every period from ``start`` (of the lane, where it does not say) to
+    ``next`` is a unit, pending, or a gap."""
 
     next: str
     pending: dict[str, Pending] = msgspec.field(default_factory=dict)
@@ -66,6 +76,7 @@ class Bookmark(Fact, type="bookmark"):
         default_factory=dict
     )  #: refresh only: the version last found of each recent period
     heard: str = ""  #: the run in which the server, silent for some periods, did answer for others
+    start: str = ""
 
 
 def http_archive(
@@ -87,13 +98,17 @@ def http_archive(
 
     `url` is a ``str.format`` template over the period's beginning, the UTC datetime ``t``; so may `to` be,
     the folder they land in. A period is asked for once it is over; one that is missing for longer than
-    `max_gap` is a permanent gap. ``verify="content"`` proves a ``.gz`` or ``.zst`` body by decoding it on the
-    way through, ``"length"`` trusts length and magic number. With `refresh`, an archive that is published
-    again within `max_gap` is landed again, over the old one. Header values may be secret references.
+    `max_gap` is a permanent gap. A `start` that is moved later on moves what is covered. User and password
+    of the `url` are sent, and not logged.
+
+    ``verify="content"`` proves a ``.gz`` or ``.zst`` body by decoding it on the way through, ``"length"``
+    trusts length and magic number. With `refresh`, an archive that is published again within `max_gap` is
+    landed again, over the old one. Header values may be secret references.
 
     Raises:
         ConfigError: a template, time or duration cannot be used; said with what to write instead.
     """
+    url, headers = _without_user(url, headers)
     plan = _Plan(
         url, _moment("start", start), None if until is None else _moment("until", until), step, to, max_gap
     )
@@ -112,7 +127,7 @@ def http_archive(
                         period=_text(period),
                         url=plan.url(period),
                         to=plan.target(period),
-                        etag=found.etag,
+                        etag=_version(found) if refresh else found.etag,
                         size=found.size,
                     )
             if search.changed:
@@ -127,7 +142,7 @@ def http_archive(
             to=archive.to,
             verify=verify,
             headers=await _resolve(headers, ctx),
-            etag=archive.etag if refresh else "",
+            etag=archive.etag if refresh and archive.etag.startswith('"') else "",
             overwrite=refresh,
         )
 
@@ -145,6 +160,8 @@ class _Plan:
         self, url: str, start: datetime, until: datetime | None, step: str, to: str, max_gap: str
     ) -> None:
         self._url = url
+        if "://" not in str(to):
+            raise ConfigError(f"to={to!r} is no URL: name a folder, as in file:///data/lake/")
         folder, mark, options = to.partition("?")
         self._to = (folder if folder.endswith("/") else folder + "/", mark + options)
         self.start = start
@@ -157,18 +174,24 @@ class _Plan:
             raise ConfigError(
                 f"until={_text(until)} is not after start={_text(start)}: nothing would ever be landed"
             )
-        if self.url(start) == self.url(start + self.step):
+        try:
+            second = start + self.step
+        except OverflowError:
+            raise ConfigError(
+                f"start={_text(start)}, step={step!r}: there would be no second period before the year 10000"
+            ) from None
+        if self.url(start) == self.url(second):
             raise ConfigError(
                 f"url={url!r} is the same for every period: put the time in, as in {{t:%Y-%m-%d}}-{{t.hour}}"
             )
         known: set[str] = set()
-        for period in (start + n * self.step for n in range(_LOOK_AHEAD)):
-            if until is not None and period >= until:
-                break
+        period, stop = start, min(until or _DOOMSDAY, _DOOMSDAY - self.step)
+        while period < stop and len(known) < _LOOK_AHEAD:
             target = self.target(period)
             if target in known:
                 raise ConfigError(f"url={url!r}: archives of different periods would land in {target}")
             known.add(target)
+            period += self.step
 
     def url(self, period: datetime) -> str:
         """The URL of the period's archive."""
@@ -198,6 +221,28 @@ class _Plan:
             ) from None
 
 
+def _fitted(plan: _Plan, mark: Bookmark | None) -> Bookmark:
+    """`mark` as the plan's start, which may have been moved since, lets it stand. What lies before the start
+    is forgotten; if the start is moved back, it is found known, or asked for again."""
+    start = _text(plan.start)
+    if mark is None:
+        return Bookmark(next=start, start=start)
+    began = _parse(mark.start or start)
+    if plan.until is not None and plan.until < began:
+        return Bookmark(next=start, start=start)  # apart from what is covered
+    if began > plan.start:
+        return mark
+    gaps = [(max(_parse(first), plan.start), _parse(last)) for first, last in mark.gaps]
+    return msgspec.structs.replace(
+        mark,
+        next=_text(max(_parse(mark.next), plan.start)),
+        start=start,
+        pending={text: item for text, item in mark.pending.items() if _parse(text) >= plan.start},
+        etags={text: etag for text, etag in mark.etags.items() if _parse(text) >= plan.start},
+        gaps=[(_text(first), _text(last)) for first, last in gaps if first <= last],
+    )
+
+
 class _Search:
     """One walk from the bookmark to now; the bookmark it leaves behind never passes a pending period."""
 
@@ -208,29 +253,47 @@ class _Search:
         self._ctx = ctx
         self._headers = headers
         self._refresh = refresh
-        self._next = plan.start if mark is None else _parse(mark.next)
-        self._pending = {} if mark is None else dict(mark.pending)
-        self._gaps = [] if mark is None else list(mark.gaps)
-        self._etags = {} if mark is None else dict(mark.etags)
-        self._heard = "" if mark is None else mark.heard
+        fitted = _fitted(plan, mark)
+        self._start, self._next = _parse(fitted.start), _parse(fitted.next)
+        self._pending = dict(fitted.pending)
+        self._gaps = list(fitted.gaps)
+        self._etags = dict(fitted.etags)
+        self._heard = fitted.heard
         self._answers = 0
         self._silent: list[Retryable | Permanent] = []
+        self._silence = 0  # how many times in a row nobody answered
+        self._full = False
         self.changed = False
 
     async def chunks(self) -> AsyncIterator[list[datetime]]:
-        """What to ask for, in order: pending periods, then those after the bookmark."""
+        """What to ask for: pending periods, those after the bookmark, then those before it, if the start was
+        moved back. A server that is down is not asked for years of hours."""
         again = sorted(_parse(text) for text in {**self._pending, **(self._etags if self._refresh else {})})
         for i in range(0, len(again), PROBES):
             yield again[i : i + PROBES]
+        self._silence = 0
+        start, step = self._plan.start, self._plan.step
         last = self._plan.last(self._ctx.now())
-        while self._next < last:
-            count = min(PROBES, -((self._next - last) // self._plan.step))
-            yield [self._next + n * self._plan.step for n in range(count)]
+        while self._next < last and self._goes_on():
+            count = min(PROBES, -((self._next - last) // step))
+            yield [self._next + n * step for n in range(count)]
+        while self._start > start and self._goes_on():
+            count = -((start - self._start) // step)  # of periods before what is covered
+            yield [start + n * step for n in range(max(count - PROBES, 0), count)]
+
+    def _goes_on(self) -> bool:
+        """Whether to ask for more: somebody answers, and the bookmark has room."""
+        if self._silence >= (MAX_SILENCE if self._is_heard() else 1):
+            return False
+        self._full = len(msgspec.json.encode(self._mark())) > MAX_BOOKMARK
+        return not self._full
 
     async def probe(self, periods: list[datetime]) -> list[tuple[datetime, ObjectInfo | None]]:
         """Ask for all of `periods`, and note the answers in order."""
         async with asyncio.TaskGroup() as tasks:
             asked = [tasks.create_task(self._head(period)) for period in periods]
+        mute = all(isinstance(task.result(), Retryable) for task in asked)
+        self._silence = self._silence + 1 if mute else 0
         found = [
             (period, self._note(period, task.result())) for period, task in zip(periods, asked, strict=True)
         ]
@@ -250,9 +313,12 @@ class _Search:
         if period >= self._next:
             self._next = period + self._plan.step
             self.changed = True
+        elif period < self._start:
+            self._start = period
+            self.changed = True
         if isinstance(answer, Retryable | Permanent):
             self._silent.append(answer)
-            self._wait(text, str(answer))
+            self._wait(text, str(answer)[:_MAX_REASON])
             return None
         self._answers += 1
         if answer is None:
@@ -264,13 +330,13 @@ class _Search:
     def _is_new(self, period: datetime, text: str, found: ObjectInfo) -> bool:
         if not self._refresh:
             return True
-        known = self._etags.get(text)
+        known, version = self._etags.get(text), _version(found)
         if self._ctx.now() - period > self._plan.max_gap + self._plan.step:
             self.changed |= self._etags.pop(text, None) is not None
-        elif known != found.etag:
-            self._etags[text] = found.etag
+        elif known != version:
+            self._etags[text] = version
             self.changed = True
-        return known is None or known != found.etag
+        return known is None or known != version
 
     def _missing(self, period: datetime, text: str) -> None:
         recent = self._ctx.now() - (period + self._plan.step) <= self._plan.max_gap
@@ -306,29 +372,63 @@ class _Search:
         self._gaps = [(_text(a), _text(b)) for a, b in joined]
 
     def bookmark(self) -> Bookmark:
-        """The bookmark as it stands now."""
+        """The bookmark as it stands now, to be kept."""
         self.changed = False
+        return self._mark()
+
+    def _mark(self) -> Bookmark:
         return Bookmark(
             next=_text(self._next),
             pending=dict(self._pending),
             gaps=list(self._gaps),
             etags=dict(self._etags),
             heard=self._heard,
+            start=_text(self._start),
         )
+
+    def _is_heard(self) -> bool:
+        return self._heard == self._ctx.run or self._answers > 0
 
     def finish(self) -> None:
         """Raises:
         Retryable: the server did not answer for some periods and the policy allows to ask again; or it
             answered for none at all.
-        Permanent: it refuses to answer, for all of them.
+        Permanent: it refuses to answer, for all of them; or more periods wait than the bookmark can hold.
         """
         passing = [error for error in self._silent if isinstance(error, Retryable)]
-        heard = self._heard == self._ctx.run or self._answers > 0
-        if passing and (self._ctx.attempts_left or not heard):
-            first = passing[0]
-            raise Retryable(f"no answer for {len(passing)} periods: {first}", delay=first.delay)
-        if self._silent and not heard:
+        if passing and (self._ctx.attempts_left or not self._is_heard()):
+            delay = max(error.delay or 0.0 for error in passing) or None
+            raise Retryable(f"no answer for {len(passing)} periods: {passing[0]}", delay=delay)
+        if self._silent and not self._is_heard():
             raise self._silent[0]
+        if self._full:
+            raise Permanent(
+                f"the bookmark is full, with {len(self._pending):,} periods pending (see flowlane status) "
+                f"and {len(self._etags):,} watched for a refresh, and passes no other period: shorten "
+                "max_gap, or move start"
+            )
+
+
+def _without_user(url: str, headers: Mapping[str, str] | None) -> tuple[str, Mapping[str, str] | None]:
+    """`url` without user and password, which are no business of the log, and headers that say the same."""
+    scheme, separator, rest = str(url).partition("://")
+    place = re.split("[/?#]", rest, maxsplit=1)[0]
+    if "@" not in place:
+        return url, headers
+    user, _, host = place.rpartition("@")
+    if not user or "{" in user or "}" in user:
+        raise ConfigError("url= names a user that is a template: put it into headers= as Authorization")
+    name, _, password = user.partition(":")
+    basic = b64encode(f"{unquote(name)}:{unquote(password)}".encode()).decode()
+    given = dict(headers or {})
+    if "authorization" not in map(str.lower, given):
+        given["Authorization"] = f"Basic {basic}"
+    return f"{scheme}{separator}{host}{rest[len(place) :]}", given
+
+
+def _version(found: ObjectInfo) -> str:
+    """What tells a published version from the next one: the ETag, which pins it too, or the best there is."""
+    return found.etag or (f"{found.modified} {found.size}" if found.modified or found.size >= 0 else "")
 
 
 async def _resolve(headers: Mapping[str, str] | None, ctx: Context) -> dict[str, str] | None:
@@ -342,20 +442,22 @@ async def _resolve(headers: Mapping[str, str] | None, ctx: Context) -> dict[str,
 
 async def _coverage(plan: _Plan, log: LogView) -> dict[str, Any]:
     """The map that ``flowlane status`` shows."""
-    mark = await log.recall(Bookmark)
-    following = plan.start if mark is None else _parse(mark.next)
-    gaps = [] if mark is None else mark.gaps
-    pending = {} if mark is None else mark.pending
+    mark = _fitted(plan, await log.recall(Bookmark))
+    start, following = _parse(mark.start), _parse(mark.next)
+    gaps, pending = mark.gaps, mark.pending
     missing = sum(int((_parse(b) - _parse(a)) / plan.step) + 1 for a, b in gaps)
     dead = {unit.rpartition("hour/")[2]: reason async for unit, reason in log.dead() if "/hour/" in unit}
     loading = [unit.rpartition("hour/")[2] async for unit in log.open() if "/hour/" in unit]
-    passed = int((following - plan.start) / plan.step)
+    passed = int((following - start) / plan.step)
+    # Of a period's versions, any one; and what lies before a start that was moved on is not counted at all.
+    unsettled = {unit.partition("@")[0] for unit in (*dead, *loading)}
+    unsettled = {period for period in unsettled if period >= mark.start}
     return {
-        "start": _text(plan.start),
+        "start": _text(start),
         "next": _text(following),
         "step": plan.step.total_seconds(),
         "bookmark": min([_text(following), *pending]),
-        "covered": passed - missing - len(pending) - len(dead) - len(loading),
+        "covered": passed - missing - len(pending) - len(unsettled),
         "landing": loading,
         "pending": {period: item.reason for period, item in sorted(pending.items())},
         "missing": [list(gap) for gap in gaps],
@@ -366,9 +468,9 @@ async def _coverage(plan: _Plan, log: LogView) -> dict[str, Any]:
 def _moment(what: str, value: str | datetime) -> datetime:
     try:
         moment = value if isinstance(value, datetime) else datetime.fromisoformat(value)
-    except (TypeError, ValueError):
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"{what}={value!r} is no time: write it as 2024-01-01T00 (UTC)") from None
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 
 
 def _text(moment: datetime) -> str:

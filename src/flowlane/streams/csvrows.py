@@ -146,6 +146,8 @@ class CsvRows:
         except _More:
             return None
         except csv.Error as error:
+            if b"\r" in data and b"\n" not in data:
+                raise Permanent(f"its lines end with CR alone: convert them to LF: {preview(data)}") from None
             raise Permanent(f"its CSV header is malformed ({error}): {preview(data)}") from None
         if any(map(_SURROGATE.search, row)):
             raise Permanent(f"its CSV header is not {self._form.encoding}: {preview(data)}")
@@ -279,8 +281,8 @@ class CsvRows:
     def _with_nulls(self, row: list[str], text: str) -> Record:
         null = self._form.null
         if self._nulls.quoted_in(text):
-            quoted = self._nulls.quoted_fields(text)
-            values = [None if v == null and not q else v for v, q in zip(row, quoted, strict=True)]
+            told = self._nulls.quoted_fields(text)
+            values = [None if v == null and not t else v for v, t in zip(row, told, strict=True)]
         else:
             values = [None if v == null else v for v in row]
         return dict(zip(self._columns, values, strict=True))

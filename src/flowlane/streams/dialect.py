@@ -43,10 +43,10 @@ class CsvFormat:
     reading: dict[str, Any] = field(init=False, repr=False, compare=False)  #: for ``csv.reader``
 
     def __post_init__(self) -> None:
-        self._check_characters()
         _check_encoding(self.encoding)
+        self._check_characters()
         if self.columns is not None:
-            if isinstance(self.columns, str):
+            if isinstance(self.columns, str) or not isinstance(self.columns, Sequence):
                 raise ConfigError(f"CSV columns={self.columns!r}: must be a list of names")
             object.__setattr__(self, "columns", tuple(self.columns))
             check_names(self.columns, self.max_columns, ConfigError)
@@ -58,16 +58,26 @@ class CsvFormat:
         object.__setattr__(self, "reading", self._reading())
 
     def _check_characters(self) -> None:
-        given = [("delimiter", self.delimiter), ("quote", self.quote), ("escape", self.escape)]
+        given: list[tuple[str, Any]] = [
+            ("delimiter", self.delimiter),
+            ("quote", self.quote),
+            ("escape", self.escape),
+        ]
         used: dict[str, str] = {}
         for name, value in given:
-            if not value and name != "delimiter":
+            if value == "" and name != "delimiter":
                 continue
-            if len(value) != 1 or not value.isascii() or value in _FORBIDDEN:
+            if not isinstance(value, str) or len(value) != 1 or not value.isascii() or value in _FORBIDDEN:
                 raise ConfigError(f"CSV {name}={value!r}: must be one ASCII character, and no line end")
             if value in used:
                 raise ConfigError(f"CSV {name}={value!r}: is the {used[value]} already")
             used[value] = name
+        if not isinstance(self.null, str | None):
+            raise ConfigError(f"CSV null={self.null!r}: must be a text, or None")
+        try:
+            (self.null or "").encode(self.codec)
+        except UnicodeEncodeError:
+            raise ConfigError(f"CSV null={self.null!a}: cannot be written in {self.encoding}") from None
         for character in self.null or "":
             if character in used or character in _FORBIDDEN:
                 raise ConfigError(f"CSV null={self.null!r}: must be free of {character!r}, which means more")
@@ -108,18 +118,18 @@ def check_names(names: Sequence[object], limit: int, error: type[Exception]) -> 
         seen.add(name)
 
 
-def _check_encoding(name: str) -> None:
+def _check_encoding(name: Any) -> None:
     """Only encodings in which an ASCII byte is always that character: rows are found in bytes."""
     try:
-        codec = codecs.lookup(name)
+        codec = codecs.lookup(name if isinstance(name, str) else "")
         if codec.name in ("utf-8", "utf-8-sig"):
             return
         plain = bytes(range(128)).decode(codec.name)
         whole = bytes(range(256)).decode(codec.name, "replace")
-    except LookupError:
-        raise ConfigError(f"CSV encoding={name!r}: there is no such encoding") from None
     except UnicodeDecodeError:
         plain = whole = ""
+    except (LookupError, ValueError):
+        raise ConfigError(f"CSV encoding={name!r}: there is no such encoding") from None
     if [ord(c) for c in plain] != list(range(128)) or len(whole) != 256:
         raise ConfigError(
             f"CSV encoding={name!r}: only UTF-8 and encodings of one byte per character can be cut into "

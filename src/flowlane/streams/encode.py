@@ -66,7 +66,7 @@ class JsonLines:
         """See ``Encoder.encode``."""
         if self._columns is not None:
             for record in records:
-                _only(record, self._columns)
+                only(record, self._columns)
         return _encoder.encode_lines(records)
 
 
@@ -79,6 +79,7 @@ class CsvLines:
         self._columns = columns
         self._known = frozenset(columns)
         self._null = _Null(form.null or "")
+        self._token = form.null  # which a value must not be taken for
         self._dialect: dict[str, Any] = {
             "delimiter": form.delimiter,
             "quotechar": form.quote or None,
@@ -93,8 +94,10 @@ class CsvLines:
 
     def encode(self, records: Sequence[Record]) -> bytes:
         """See ``Encoder.encode``."""
+        if not self._columns:
+            raise ValueError("a record without fields")
         for record in records:
-            _only(record, self._known)
+            only(record, self._known)
         return self._lines([self._cell(record.get(column)) for column in self._columns] for record in records)
 
     def _lines(self, rows: Iterable[Sequence[Any]]) -> bytes:
@@ -104,14 +107,16 @@ class CsvLines:
 
     def _cell(self, value: Any) -> Any:
         kind = type(value)
-        if kind is str or kind is int or kind is float:
-            return value
-        if value is None:
-            return self._null
-        plain = msgspec.to_builtins(value)
-        if isinstance(plain, str):
-            return plain
-        return _encoder.encode(plain).decode()
+        if kind is not str and kind is not int and kind is not float:
+            if value is None:
+                return self._null
+            plain = msgspec.to_builtins(value)
+            value = plain if isinstance(plain, str) else _encoder.encode(plain).decode()
+        if self._token and str(value) == self._token:
+            if not self._form.quote:
+                raise ValueError(f"{self._token!a} stands for no value, and without quotes for nothing else")
+            return self._token  # as text, in quotes, where it is what it says
+        return value
 
 
 class _Null:
@@ -127,7 +132,10 @@ class _Null:
         return self._token
 
 
-def _only(record: Record, columns: frozenset[str]) -> None:
+def only(record: Record, columns: frozenset[str]) -> None:
+    """Raises:
+    ValueError: `record` has a field that is none of `columns`.
+    """
     if not record.keys() <= columns:
         new = next(name for name in record if name not in columns)
         raise ValueError(f"column {new!a} is not one of those that the object began with")

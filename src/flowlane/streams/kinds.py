@@ -31,12 +31,23 @@ def kind_of(url: str, given: str = "") -> Kind:
     Raises:
         ConfigError: neither says one.
     """
-    name = given or (urlsplit(url).path.rpartition("/")[2] if "://" in url else url)
+    if not isinstance(given, str):
+        raise ConfigError(f"format={given!r}: must be one of {KNOWN}")
+    name = given or _path(url).rpartition("/")[2]
     kind = parse_kind("." + name.lower() if given else name.lower())
     if kind is None:
         what = f"format={given!r}" if given else f"the name of {redact(url)}"
         raise ConfigError(f"{what} does not say what rows are in it: give format=, known are {KNOWN}")
     return kind
+
+
+def _path(url: str) -> str:
+    """`url` without what does not name the object; only on the web is that a fragment, too."""
+    if "://" not in url:
+        return url
+    if url.startswith(("http://", "https://")):
+        return urlsplit(url).path
+    return url.partition("?")[0]
 
 
 def parse_kind(name: str) -> Kind | None:
@@ -51,7 +62,7 @@ def parse_kind(name: str) -> Kind | None:
 
 def stem_of(url: str) -> str:
     """The last segment of `url` without the suffixes that say its kind."""
-    name = (urlsplit(url).path if "://" in url else url).rstrip("/").rpartition("/")[2]
+    name = _path(url).rstrip("/").rpartition("/")[2]
     kind = parse_kind(name.lower())
     if kind is None:
         return name

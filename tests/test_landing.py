@@ -1,0 +1,36 @@
+"""What a body must begin with to be taken for what its name says."""
+
+from __future__ import annotations
+
+import pytest
+
+from flowlane.errors import Damaged
+from flowlane.landing import check_magic
+
+SKIPPABLE = b"\x5e\x2a\x4d\x18\x04\x00\x00\x00seek"
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("a.gz", b"\x1f\x8b\x08"),
+        ("a.gz", b"\x1f"),  # the rest comes with the next block
+        ("a.zst", b"\x28\xb5\x2f\xfd\x00"),
+        ("a.zst", SKIPPABLE + b"\x28\xb5\x2f\xfd"),
+        ("a.zst", b"\x5e\x2a"),
+        ("a.zip", b"PK\x03\x04"),
+        ("a.zip", b"PK\x05\x06"),
+        ("a.json", b"<html>"),
+    ],
+)
+def test_what_begins_as_its_name_says(name: str, block: bytes) -> None:
+    check_magic(f"http://h/{name}", block)
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [("a.gz", b"<"), ("a.gz", b"\x1f\x8c"), ("a.zst", b"\x60\x2a\x4d\x18"), ("a.zip", b"Pk\x03\x04")],
+)
+def test_anything_else_is_damaged(name: str, block: bytes) -> None:
+    with pytest.raises(Damaged, match=r"http://h/a\.\w+ is not a \.\w+ file: it begins with b'"):
+        check_magic(f"http://h/{name}", block)
