@@ -107,7 +107,9 @@ class _Load:
                     "went out: give it a key to read by"
                 )
         # To a sink, the same split loaded by another `load` of the handler is another split.
-        into = split if self.name == "load-1" else msgspec.structs.replace(split, id=f"{split.id}#{self.name}")
+        into = split
+        if self.name != "load-1":
+            into = msgspec.structs.replace(split, id=f"{split.id}#{self.name}")
         async with sink.open(into, self.attempt.ref, state.upload) as writer:
             stands = writer.position
             if stands is not None and stands.row < state.position.row:
