@@ -103,6 +103,8 @@ def test_two_files_of_one_name_are_two_lanes(tmp_path: Path) -> None:
         ("import not_a_module_at_all", "a_lane.py, line 1 raised ModuleNotFoundError: No module named"),
         ("raise ValueError('one\\ntwo')", "line 1 raised ValueError: one two"),
         ("raise Exception", "a_lane.py, line 1 raised Exception"),
+        ("x = 1\nraise BaseException('odd')", "a_lane.py, line 2 raised BaseException: odd"),
+        ("x = 1\nraise SystemExit('bye')", "a_lane.py, line 2 ended the process while it was loaded: take"),
         ("from flowlane import Lane\n\nlane = Lane('No Name')", "a_lane.py, line 3: lane name 'No Name'"),
         ("from flowlane.recipes import http_archive\nlane = http_archive('x')", "line 2 raised TypeError"),
         ("x = '\0'", "raised"),
@@ -137,6 +139,11 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
         (":", "names no lane"),
         (":lane", "names no lane"),
         ("a..b", "importing a..b raised"),
+        (".", "'.' names no lane: give path/to/file.py[:name]"),
+        ("..:lane", "names no lane"),
+        ("tests/conftest", "there is no lane file tests/conftest"),
+        ("Makefile", "Makefile is no lane file: its name must end in .py"),
+        ("./Makefile:lane", "Makefile is no lane file: its name must end in .py"),
     ],
 )
 def test_a_bad_reference_is_refused_in_one_line(reference: str, said: str) -> None:
@@ -144,6 +151,18 @@ def test_a_bad_reference_is_refused_in_one_line(reference: str, said: str) -> No
         load_lane(reference)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_module_that_exits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "raise SystemExit", "lanes_that_exit.py")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="lanes_that_exit ended the process while it was loaded"):
+        load_lane("lanes_that_exit")
+
+
+def test_what_the_user_interrupts_is_no_bad_lane_file(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        load_lane(str(write(tmp_path, "raise KeyboardInterrupt")))
 
 
 def test_a_module_that_fails_to_import_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,6 +189,10 @@ def _fails() -> Any:
     raise IndexError("list index out of range")
 
 
+def _exits() -> Any:
+    sys.exit(4)
+
+
 def _nothing() -> list[Provides]:
     return []
 
@@ -205,6 +209,9 @@ def _nothing() -> list[Provides]:
         (plugin(THING, THING), "'mine' and 'mine' both open thing:// as source"),
         (module(flowlane_provides=hookimpl(_fails)), "failed to say what it provides"),
         (module(flowlane_provides=hookimpl(lambda: 7)), "failed to say what it provides"),
+        (module(flowlane_provides=hookimpl(_exits)), "failed to say what it provides: SystemExit: 4"),
+        (module(flowlane_provides=hookimpl(lambda: None)), "provides None: return a list of Provides"),
+        (plugin(Provides(cast("Any", "shop"), "x", "a:b")), "provides the kind 'shop'; known: backend, "),
         (module(flowlane_povides=hookimpl(_nothing)), "has hooks that do not fit"),
         (module(flowlane_provides=hookimpl(lambda sdk: [])), "has hooks that do not fit"),
         (module(), "implements no hook of flowlane's"),
@@ -282,6 +289,7 @@ def test_an_installed_plugin_is_found(tmp_path: Path) -> None:
         ("import a_library_that_is_not_there", "ModuleNotFoundError"),
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("def broken(:", "SyntaxError"),
+        ("import sys\nsys.exit(3)", "SystemExit: 3"),
     ],
 )
 def test_an_installed_plugin_that_fails_to_load_is_named(tmp_path: Path, code: str, said: str) -> None:
@@ -377,6 +385,40 @@ def test_a_factory_that_cannot_be_imported_is_named(path: str) -> None:
     text = one_line(caught.value)
     assert text.startswith("plugin 'mine' cannot open bad:// as source: ")
     assert path in text
+
+
+def of_one_argument(uri: str) -> None:
+    """No factory: it takes no environment."""
+
+
+def opens_nothing(uri: str, environment: Any) -> int:
+    """No factory: what it returns cannot be entered."""
+    return 5
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("HERE", "is no factory(uri, environment, *, ...) ("),
+        ("of_one_argument", "is no factory(uri, environment, *, ...) (too many positional arguments)"),
+        ("opens_nothing", "returns no async context manager"),
+    ],
+)
+def test_a_factory_that_is_none_is_named(name: str, said: str) -> None:
+    made = registry(Provides("source", "bad", f"{HERE}:{name}"))
+    with pytest.raises(PluginError) as caught:
+        made.open("source", "bad://x", cast("Any", None), {})
+    text = one_line(caught.value)
+    assert text.startswith(f"plugin 'mine' cannot open bad:// as source: {HERE}:{name} {said}")
+
+
+def test_entry_points_that_cannot_be_read_are_one_error(tmp_path: Path) -> None:
+    install(tmp_path, "good", "good_plugin", "")
+    (points,) = tmp_path.rglob("entry_points.txt")
+    points.write_bytes(b"\xff\xfe")
+    assert loaded(tmp_path).stdout.startswith(
+        "refused: the entry points of a package cannot be read ('utf-8' codec"
+    )
 
 
 async def test_a_store_is_opened_once_and_closed_in_the_end() -> None:

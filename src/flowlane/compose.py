@@ -162,12 +162,13 @@ def load_lane(reference: str) -> Lane:
             line of the user's file.
     """
     place, _, name = reference.partition(":") if reference[1:3] != ":\\" else (reference, "", "")
-    if not place:
+    if not place.strip("."):
         raise ConfigError(
             f"{reference!r} names no lane: give path/to/file.py[:name] or package.module[:name]"
         )
     name = name or "lane"
-    module = _import_file(Path(place)) if place.endswith(".py") or "/" in place else _import_module(place)
+    is_file = place.endswith(".py") or "/" in place or Path(place).is_file()
+    module = _import_file(Path(place)) if is_file else _import_module(place)
     lane = getattr(module, name, None)
     if not isinstance(lane, Lane):
         lanes = [key for key, value in vars(module).items() if isinstance(value, Lane)]
@@ -181,22 +182,30 @@ def load_lane(reference: str) -> Lane:
     return lane
 
 
+_EXITED = "ended the process while it was loaded: take sys.exit() (or argument parsing) out of the lane file"
+
+
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise ConfigError(
             f"there is no lane file {path}: give path/to/file.py[:name] or package.module[:name]"
         )
     spec = spec_from_file_location(f"flowlane_lane_{path.stem}", path)
-    assert spec is not None
+    if spec is None:
+        raise ConfigError(f"{path} is no lane file: its name must end in .py")
     assert spec.loader is not None
     module = module_from_spec(spec)
     sys.modules[spec.name] = module
     sys.path.insert(0, str(path.parent.absolute()))
     try:
         spec.loader.exec_module(module)
+    except KeyboardInterrupt:
+        raise  # the user's, not the file's
     except FlowlaneError as error:
         raise ConfigError(f"{path}{_line(error, path)}: {error}") from error
-    except Exception as error:
+    except SystemExit as error:
+        raise ConfigError(f"{path}{_line(error, path)} {_EXITED}") from error
+    except BaseException as error:
         raise ConfigError(f"{path}{_line(error, path)} raised {_said(error)}") from error
     finally:
         sys.path.remove(str(path.parent.absolute()))
@@ -207,9 +216,13 @@ def _import_module(name: str) -> ModuleType:
     sys.path.insert(0, str(Path.cwd()))
     try:
         return importlib.import_module(name)
+    except KeyboardInterrupt:
+        raise
     except FlowlaneError as error:
         raise ConfigError(f"{name}: {error}") from error
-    except Exception as error:
+    except SystemExit as error:
+        raise ConfigError(f"{name} {_EXITED}") from error
+    except BaseException as error:
         raise ConfigError(f"importing {name} raised {_said(error)}") from error
     finally:
         sys.path.remove(str(Path.cwd()))

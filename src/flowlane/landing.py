@@ -59,12 +59,14 @@ async def copy(  # the parameters are the promise of ``Context.copy``
         return landed
     owner = f"{attempt.unit}#{attempt.progress.token}"
     resume, position = (state.upload, state.position.offset) if state.etag else ("", 0)
+    if state.upload and not resume:  # nothing tells whether the source is still the same: of no use
+        await target.discard(to, state.upload)
     async with target.upload(
         to, owner=owner, resume=resume, position=position, overwrite=overwrite
     ) as upload:
         if upload.position != position or not position:
             state = Transfer(high=state.high)
-        work = _Copy(attempt, name, state, upload, url, verify == "content")
+        work = _Copy(attempt, name, state, upload, url, to, verify == "content")
         await work.log(events.UPLOAD_OPENED)
         try:
             await work.run(source, headers, etag)
@@ -90,13 +92,14 @@ class _Copy:
     """One object on its way through one upload: every block proven, counted and checksummed as it passes."""
 
     def __init__(
-        self, attempt: Attempt, name: str, state: Transfer, upload: Upload, url: str, decode: bool
+        self, attempt: Attempt, name: str, state: Transfer, upload: Upload, url: str, to: str, decode: bool
     ) -> None:
         self.attempt = attempt
         self.name = name
         self.state = state
         self.upload = upload
         self.url = url
+        self.to = to
         self.where = redact(url)
         self.prover = prove(url.partition("?")[0]) if decode else None
         self.offset = 0
@@ -107,7 +110,7 @@ class _Copy:
 
     async def log(self, kind: str) -> None:
         """Append the upload's state; moved on means further than any attempt before."""
-        self.state = msgspec.structs.replace(self.state, upload=self.upload.id)
+        self.state = msgspec.structs.replace(self.state, upload=self.upload.id, to=self.to)
         self.attempt.progress.transfers[self.name] = self.state
         await self.attempt.record(kind, moved=False)
         self.logged_at = self.attempt.engine.clock.monotonic()

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import parse_qsl, urlsplit
 
 import pluggy
@@ -68,12 +68,20 @@ class Registry:
             PluginError: one fails to load; it is named, with what to do.
         """
         plugins: dict[str, Any] = {"builtin": sys.modules[__name__]}
-        for entry in entry_points(group=GROUP):
+        try:
+            entries = entry_points(group=GROUP)
+        except ValueError as error:
+            raise PluginError(
+                f"the entry points of a package cannot be read ({error}): install it anew"
+            ) from error
+        for entry in entries:
             if entry.name in plugins:
                 raise PluginError(f"two plugins are called {entry.name!r}: uninstall one of them")
             try:
                 plugins[entry.name] = entry.load()
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
                 raise PluginError(
                     f"plugin {entry.name!r} ({entry.value}) failed to load: {type(error).__name__}: {error}; "
                     "upgrade or uninstall it"
@@ -84,14 +92,21 @@ class Registry:
         try:
             others = [p for n, p in self._manager.list_name_plugin() if n != name]
             caller = self._manager.subset_hook_caller("flowlane_provides", remove_plugins=others)
-            answers = [item for answer in caller() for item in answer]
-        except Exception as error:
-            raise PluginError(f"plugin {name!r} failed to say what it provides: {error}") from error
+            given = caller()
+            answers = [item for answer in given for item in answer]
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            raise PluginError(
+                f"plugin {name!r} failed to say what it provides: {type(error).__name__}: {error}"
+            ) from error
         if not caller.get_hookimpls():
             raise PluginError(
                 f"plugin {name!r} implements no hook of flowlane's: point its entry point at the module that "
                 "has flowlane_provides"
             )
+        if len(given) < len(caller.get_hookimpls()):  # pluggy drops None
+            raise PluginError(f"plugin {name!r} provides None: return a list of Provides(kind, scheme, path)")
         for item in answers:
             if not isinstance(item, Provides):
                 raise PluginError(
@@ -100,6 +115,10 @@ class Registry:
             if item.api != API:
                 raise PluginError(
                     f"plugin {name!r} is made for hooks of version {item.api}, these are {API}: upgrade it"
+                )
+            if item.kind not in get_args(Kind):
+                raise PluginError(
+                    f"plugin {name!r} provides the kind {item.kind!r}; known: {', '.join(get_args(Kind))}"
                 )
             key = (item.kind, item.scheme)
             if key in self._table:
@@ -150,7 +169,7 @@ class Registry:
         item, name = self._find(kind, uri)
         factory = self._factory(item, name)
         known = {
-            p.name: p for p in inspect.signature(factory).parameters.values() if p.kind is p.KEYWORD_ONLY
+            p.name: p for p in _signature(item, name, factory).parameters.values() if p.kind is p.KEYWORD_ONLY
         }
         for option in options:
             if option not in known:
@@ -160,6 +179,8 @@ class Registry:
             if parameter.default is parameter.empty and parameter.name not in options:
                 raise ConfigError(f"{redact(uri)}: the option {parameter.name!r} is missing")
         opened: AbstractAsyncContextManager[Any] = factory(uri, environment, **options)
+        if not hasattr(opened, "__aenter__"):
+            raise _misfit(item, name, "returns no async context manager")
         return opened
 
     def _find(self, kind: Kind, uri: str) -> tuple[Provides, str]:
@@ -178,9 +199,22 @@ class Registry:
             factory: Callable[..., AbstractAsyncContextManager[Any]] = getattr(
                 importlib.import_module(module), attribute
             )
-        except Exception as error:
-            raise PluginError(
-                f"plugin {name!r} cannot open {item.scheme}:// as {item.kind}: {item.path} fails to import "
-                f"({type(error).__name__}: {error})"
-            ) from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            raise _misfit(item, name, f"fails to import ({type(error).__name__}: {error})") from error
         return factory
+
+
+def _signature(item: Provides, name: str, factory: Any) -> inspect.Signature:
+    """What the factory takes: the URI, the environment, and its options by keyword."""
+    try:
+        signature = inspect.signature(factory)
+        signature.bind_partial("", None)
+    except (TypeError, ValueError) as error:
+        raise _misfit(item, name, f"is no factory(uri, environment, *, ...) ({error})") from error
+    return signature
+
+
+def _misfit(item: Provides, name: str, why: str) -> PluginError:
+    return PluginError(f"plugin {name!r} cannot open {item.scheme}:// as {item.kind}: {item.path} {why}")

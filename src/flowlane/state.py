@@ -75,6 +75,7 @@ class Transfer(msgspec.Struct, frozen=True, omit_defaults=True):
     high: int = 0  #: the furthest offset (loads: row) ever reached: moving on means passing it
     etag: str = ""
     upload: str = ""  #: what names the unfinished effect in the sink or store
+    to: str = ""  #: copies: the URL that the unfinished upload is to
     whole: Position = Position()  #: copies: the length and CRC of the proven object, once it may be visible
     done: bool = False
     counts: Counts = msgspec.field(default_factory=Counts)

@@ -13,7 +13,7 @@ import msgspec
 
 from flowlane.completion import complete
 from flowlane.engine import Engine
-from flowlane.errors import Retryable
+from flowlane.errors import FlowlaneError, Retryable
 from flowlane.events import Event
 from flowlane.lane import Stage
 from flowlane.ports import Commit, Publish
@@ -23,16 +23,19 @@ logger = logging.getLogger("flowlane")
 
 #: Seconds beyond a stage's timeout after which a silent unit is queued again, where the queue cannot tell.
 MARGIN = 60.0
+#: Seconds for which a dead unit's unfinished uploads are kept, for a redrive to go on with.
+KEEP = 7 * 86400.0
 _GROUP = 64
 
 
 class Swept(msgspec.Struct):
-    """What one sweep found open, queued again, and completed; and how many open units are owed to which
-    stages that the lane does not have."""
+    """What one sweep found open, queued again, and completed; how many unfinished uploads of dead units it
+    discarded; and how many open units are owed to which stages that the lane does not have."""
 
     open: int = 0
     requeued: int = 0
     completed: int = 0
+    discarded: int = 0
     stranded: dict[str, int] = msgspec.field(default_factory=dict)
 
 
@@ -60,6 +63,8 @@ async def sweep(engine: Engine, lane: str) -> Swept:
                 swept.requeued += await _publish(engine, owed)
                 owed = []
         swept.requeued += await _publish(engine, owed)
+        async for head in engine.backend.units(lane, "dead"):
+            swept.discarded += await _discard(engine, head)
     except OSError as error:
         raise Retryable(f"sweep of {lane}: {error}") from error
     for stage, count in swept.stranded.items():
@@ -77,8 +82,26 @@ def _is_due(engine: Engine, head: Event, stage: Stage) -> bool:
     """Whether the unit has been silent for too long; embedded queues know, and drop what they still hold."""
     if engine.backend.exact_queue:
         return True
-    silence = engine.clock.now().timestamp() - datetime.fromisoformat(head.time).timestamp()
-    return silence > float(stage.policy.timeout) + progress(head).delay + MARGIN
+    return _age(engine, head) > float(stage.policy.timeout) + progress(head).delay + MARGIN
+
+
+async def _discard(engine: Engine, head: Event) -> int:
+    """Give up the uploads that a unit left unfinished which has long been dead; how many. A redrive begins
+    them anew. While it is not redriven they are asked for again: that they are gone already is fine."""
+    if _age(engine, head) < KEEP:
+        return 0
+    left = [t for t in progress(head).transfers.values() if t.upload and t.to and not t.done]
+    for transfer in left:
+        try:
+            store = await engine.connections.store(transfer.to)
+            await store.discard(transfer.to, transfer.upload)
+        except FlowlaneError as error:
+            logger.warning("%s: its unfinished upload is left: %s", head.subject, error)
+    return len(left)
+
+
+def _age(engine: Engine, head: Event) -> float:
+    return engine.clock.now().timestamp() - datetime.fromisoformat(head.time).timestamp()
 
 
 async def _publish(engine: Engine, owed: list[Publish]) -> int:

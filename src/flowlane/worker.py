@@ -154,12 +154,18 @@ async def housekeeping(app: Application, lanes: list[Lane]) -> AsyncIterator[Non
 def stop_on_signals(
     loop: asyncio.AbstractEventLoop, app_clock: Callable[[], float], stop: asyncio.Event, deadline: Deadline
 ) -> None:
-    """SIGTERM and SIGINT set `stop` and leave ``GRACE`` seconds; a second one leaves none."""
+    """SIGTERM and SIGINT set `stop` and leave ``GRACE`` seconds; a second one leaves none; a third ends the
+    process, which a handler that swallows its cancellation would keep for ever."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
 
     def told() -> None:
         deadline.margin = GRACE
         deadline.at = app_clock() + (0 if stop.is_set() else GRACE)
+        if stop.is_set():
+            for number in numbers:
+                loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_DFL)
         stop.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in numbers:
         loop.add_signal_handler(number, told)

@@ -37,6 +37,8 @@ BAD = {
     "unknown option": (["run", "toy.py", "--nope"], "No such option '--nope'"),
     "no lane given": (["run"], "Missing argument 'LANE'; see `flowlane run --help`"),
     "option out of range": (["status", "toy.py", "--days", "0"], "'--days': 0 is not in the range"),
+    "option far out of range": (["status", "toy.py", "--runs", "9" * 30], "is not in the range 1<=x<="),
+    "lane file of another kind": (["run", "broken.json"], "broken.json is no lane file: its name must end"),
     "lane file missing": (["run", "missing.py"], "there is no lane file missing.py"),
     "module missing": (["run", "no_such_module"], "No module named 'no_such_module'"),
     "lane file raises": (
@@ -46,7 +48,7 @@ BAD = {
     "no lane in it": (["run", "nolane.py"], "nolane.py has no lane called 'lane': define"),
     "lane of another name": (["run", "renamed.py"], "it has mine: write renamed.py:mine"),
     "syntax error": (["run", "syntax.py"], "syntax.py, line 1 raised SyntaxError"),
-    "lane file exits": (["run", "exits.py"], "exits.py ended the process"),
+    "lane file exits": (["run", "exits.py"], "exits.py, line 2 ended the process"),
     "lane without a stage": (["run", "nostage.py"], "has no stage on lane.triggered"),
     "lane name": (["run", "badname.py"], "badname.py, line 2: lane name 'Bad Name'"),
     "unparsable template": (
@@ -203,3 +205,37 @@ def test_an_unwritable_target_is_a_dead_unit_with_its_reason(cli_in: Cli) -> Non
     assert result.exit_code == 1
     assert "blocked/out.txt" in result.stdout
     assert Path("blocked").read_text() == "a file where a folder should be"
+
+
+@pytest.mark.parametrize("end", ["import sys; sys.exit(5)", "raise SystemExit(5)"])
+@pytest.mark.parametrize("verb", ["run", "plan"])
+def test_code_that_ends_the_process_is_one_line_and_exit_1(
+    cli_in: Cli, document: Callable[..., Any], end: str, verb: str
+) -> None:
+    toy = Path("toy.py")
+    toy.write_text(toy.read_text().replace('print("the lane\'s own words")', end))
+    result = cli_in(verb, "toy.py", "--backend", "memory://")
+    assert result.exit_code == 1
+    said = "the lane's code called sys.exit(5) in the middle of its work: raise Permanent(...) there"
+    assert result.stderr.startswith(f"flowlane: {said}")
+    assert result.stderr.count("\n") == 1
+    assert said in document(verb, "toy.py", "--backend", "memory://", code=1)["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "said"),
+    [
+        ("raise BrokenPipeError('the other side hung up')", 1, "BrokenPipeError: the other side hung up"),
+        ("raise EOFError('too early')", 1, "RuntimeError: EOFError: too early (--debug shows the traceback)"),
+        ("raise KeyboardInterrupt", 130, "interrupted"),
+    ],
+)
+def test_an_error_that_click_takes_for_another(
+    cli_in: Cli, monkeypatch: pytest.MonkeyPatch, end: str, code: int, said: str
+) -> None:
+    async def show_plugins() -> None:
+        exec(end)
+
+    monkeypatch.setattr("flowlane.cli.setup.show_plugins", show_plugins)
+    result = cli_in("plugins")
+    assert (result.exit_code, result.stderr) == (code, f"flowlane: {said}\n")

@@ -143,6 +143,30 @@ async def test_an_interrupted_run_says_so_and_goes_on(started: Start, number: si
     assert Path("begun").stat().st_size == 40
 
 
+@pytest.mark.parametrize("verb", ["run", "worker"])
+async def test_a_third_signal_ends_what_a_handler_would_keep(started: Start, verb: str) -> None:
+    stubborn = """
+    while True:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            open("refused", "a").close()
+"""
+    Path("slow.py").write_text(SLOW.replace("    await asyncio.sleep(0.1)\n", stubborn))
+    process = await started(verb, "slow.py")
+    await begun(1, process)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    async with asyncio.timeout(30):
+        while not Path("refused").exists():
+            assert process.returncode is None
+            await asyncio.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, err = await asyncio.wait_for(process.communicate(), 30)
+    assert process.returncode == -signal.SIGTERM
+    assert b"Traceback" not in out + err
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_the_worker_serves_until_it_is_told(started: Start, number: signal.Signals) -> None:
     Path("slow.py").write_text(SLOW)

@@ -66,6 +66,16 @@ def test_a_terminal_gets_a_table_and_a_tree(monkeypatch: pytest.MonkeyPatch) -> 
     assert "grandchild" in printed
 
 
+@pytest.mark.parametrize("columns", ["1", "20", "60"])
+def test_a_narrow_terminal_loses_no_figure(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("TERM", "xterm")
+    screen = Screen(terminal := Terminal())
+    head = ["units", "found", "settled", "dead", "skipped", "superseded", "bytes in", "bytes out"]
+    screen.table(head, [["load", 1_234_567, 2_345_678, 3, 4, 5, 6_789_012, 7_890_123]])
+    assert {"1,234,567", "2,345,678", "6,789,012", "7,890,123"} <= set(terminal.getvalue().split())
+
+
 def test_a_pipe_gets_plain_lines() -> None:
     screen = Screen(pipe := io.StringIO())
     screen.table(["name", "bytes", "why"], [["a", 1000, ""], ["long one", 5, "x"]])

@@ -135,6 +135,29 @@ def test_status_shows_any_view(cli_in: Cli, document: Callable[..., Any]) -> Non
     }
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("object()", "TypeError: Encoding objects of type object is unsupported"),
+        ("{(1, 2): 3}", "TypeError: "),
+        ("'\\udc80'", "UnicodeEncodeError: "),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_status_names_the_view_that_is_no_json(cli_in: Cli, value: str, said: str, more: list[str]) -> None:
+    with Path("toy.py").open("a") as file:
+        file.write(f"@lane.view('stock')\nasync def stock(log):\n    return {value}\n")
+    result = cli_in("status", "toy.py", *more)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"flowlane: the view 'stock' of lane toy raised {said}")
+
+
+def test_a_number_that_json_lacks_is_none(document: Callable[..., Any]) -> None:
+    with Path("toy.py").open("a") as file:
+        file.write("@lane.view('stock')\nasync def stock(log):\n    return {'share': float('nan')}\n")
+    assert document("status", "toy.py")["views"] == {"stock": {"share": None}}
+
+
 def test_status_names_the_view_that_raises(cli_in: Cli) -> None:
     with Path("toy.py").open("a") as file:
         file.write("@lane.view('stock')\nasync def stock(log):\n    return 1 / 0\n")
@@ -219,6 +242,38 @@ def test_graph_is_a_mermaid_flowchart(cli_in: Cli, document: Callable[..., Any])
     assert not Path(".flowlane").exists()
 
 
+@pytest.mark.parametrize(
+    "handler",
+    [
+        "functools.partial(find_from, 1)",
+        "functools.wraps(find_from)(functools.partial(find_from, 1))",
+        "functools.wraps(found)(functools.partial(found, 1))",
+    ],
+)
+def test_graph_of_a_handler_that_is_no_plain_function(
+    cli_in: Cli, document: Callable[..., Any], handler: str
+) -> None:
+    Path("partly.py").write_text(
+        "import functools\n"
+        "from flowlane import Lane, Unit\n"
+        "lane = Lane('partly')\n"
+        "class Found(Unit, key='n'):\n    n: int\n"
+        "class Other(Unit, key='n'):\n    n: int\n"
+        "async def find_from(first, event, ctx):\n    yield Found(n=first)\n"
+        "class Finder:\n"
+        "    async def __call__(self, first, event, ctx):\n        yield Found(n=first)\n"
+        "found = Finder()\n"
+        f"handler = {handler}\n"
+        "handler.__name__ = 'find'\n"
+        "lane.stage(on=lane.triggered)(handler)\n"
+        "@lane.stage(on=Found)\nasync def load(event, ctx): pass\n"
+        "@lane.stage(on=Other)\nasync def other(event, ctx): pass\n"
+    )
+    assert cli_in("graph", "partly.py").exit_code == 0
+    (find, *_) = document("graph", "partly.py")["stages"]
+    assert find["yields"] == ([] if "found)" in handler else ["found"])
+
+
 def test_graph_of_a_recipe(cli_in: Cli, document: Callable[..., Any]) -> None:
     Path("archive.py").write_text(
         "from flowlane.recipes import http_archive\n"
@@ -282,7 +337,8 @@ def test_redrive_json_and_nothing_to_redrive(ran: Cli, document: Callable[..., A
 
 
 def test_sweep(ran: Cli, document: Callable[..., Any]) -> None:
-    assert document("sweep", "toy.py") == {"lane": "toy", "open": 0, "requeued": 0, "completed": 0}
+    nothing = {"lane": "toy", "open": 0, "requeued": 0, "completed": 0, "discarded": 0, "stranded": {}}
+    assert document("sweep", "toy.py") == nothing
     ran("redrive", "toy.py")
     assert ran("sweep", "toy.py").stdout.startswith("lane toy: ")
 

@@ -40,6 +40,7 @@ from flowlane.redrive import redrive
 from flowlane.report import Report
 from flowlane.settings import Settings
 from flowlane.state import Progress, progress, status
+from flowlane.sweep import sweep
 from flowlane.testing import stores
 from flowlane.testing.clock import VirtualClock, VirtualLoop, run
 from flowlane.testing.oracle import check
@@ -1134,6 +1135,30 @@ async def test_a_refused_copy_leaves_no_unfinished_upload(bench: Bench) -> None:
     assert "not a .gz file" in only(await bench.run(lane_of(load)))
     assert bench.world.lake.parts == {}
     assert bench.world.lake.objects == {}
+
+
+@virtual
+async def test_what_a_dead_unit_had_uploaded_is_kept_for_a_week(bench: Bench) -> None:
+    page = Page(data=b"x" * 3_000_000, breaks=99)
+    bench.world.web.publish("web://x/a.bin", page)
+    lake = bench.world.lake
+
+    async def load(event: Event, ctx: Context) -> None:
+        await ctx.copy("web://x/a.bin", to="lake://a.bin", verify="length")
+
+    lane = lane_of(load)
+    assert "the connection broke" in only(await bench.run(lane))
+    async with bench.app(lane) as app:
+        await bench.clock.sleep(6 * 86400)
+        assert (await sweep(app.engine, "toy")).discarded == 0
+        assert [bool(part.data) for part in lake.parts.values()] == [True]
+        await bench.clock.sleep(2 * 86400)
+        assert (await sweep(app.engine, "toy")).discarded == 1
+        assert lake.parts == {}
+        page.breaks = 0
+        await redrive(app.engine, "toy")
+    await bench.run(lane)
+    assert lake.objects["lake://a.bin"] == page.data
 
 
 # --------------------------------------------------------------------------- deliveries and leases

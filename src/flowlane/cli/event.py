@@ -59,7 +59,8 @@ _BULK = "put the bulk into a store and its URL into the event"
 def _read(name: str, what: str) -> bytes:
     try:
         if name == "-":
-            return sys.stdin.buffer.read(MAX_EVENT_BYTES + 1)
+            stdin = sys.stdin.buffer if hasattr(sys.stdin, "buffer") else None
+            return stdin.read(MAX_EVENT_BYTES + 1) if stdin is not None else b""
         with Path(name).open("rb") as file:
             return file.read(MAX_EVENT_BYTES + 1)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import typing
 from typing import Any
@@ -54,7 +55,12 @@ def _annotated(handler: Any) -> set[Any]:
 
 
 def _mentioned(handler: Any) -> set[Any]:
-    known = inspect.getclosurevars(handler)
+    function = inspect.unwrap(handler)
+    while isinstance(function, functools.partial):
+        function = inspect.unwrap(function.func)
+    if not inspect.isfunction(function):
+        return set()
+    known = inspect.getclosurevars(function)
     return {
         value
         for value in (*known.nonlocals.values(), *known.globals.values())

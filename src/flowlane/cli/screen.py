@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Cell = str | int
+#: Columns of text are folded in a terminal, but not to less than that.
+_FOLDED = 12
 
 
 class Screen:
@@ -53,10 +55,12 @@ class Screen:
         """`rows` under `head`; in a pipe, columns two spaces apart, one row a line."""
         cells = [[f"{c:,}" if isinstance(c, int) else safe(c) for c in row] for row in rows]
         right = [bool(rows) and all(isinstance(row[n], int) for row in rows) for n in range(len(head))]
-        if self.tty:
+        widths = [max(len(row[n]) for row in [head, *cells]) for n in range(len(head))]
+        # In less than that, rich shortens numbers to nothing; the terminal folds plain lines and loses none.
+        needed = sum(w if to_right else min(w, _FOLDED) for w, to_right in zip(widths, right, strict=True))
+        if self.tty and needed + 3 * len(head) <= self.console.width:
             self._rich_table(head, cells, right)
             return
-        widths = [max(len(row[n]) for row in [head, *cells]) for n in range(len(head))]
         for row in [head, *cells]:
             padded = [
                 cell.rjust(width) if to_right else cell.ljust(width)

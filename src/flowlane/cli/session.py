@@ -11,13 +11,14 @@ import traceback
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import click
 import msgspec
 
 from flowlane.cli.logs import logging_to_stderr
 from flowlane.cli.screen import Screen
+from flowlane.cli.standard import Spoken, to_nowhere
 from flowlane.cli.text import one_line
 from flowlane.deadline import Deadline
 from flowlane.errors import ConfigError, FlowlaneError
@@ -71,13 +72,7 @@ class Session:
         """
         from flowlane.compose import load_lane
 
-        try:
-            return load_lane(reference)
-        except SystemExit:
-            raise ConfigError(
-                f"{reference} ended the process while it was loaded: take sys.exit() (or argument parsing) "
-                "out of the lane file"
-            ) from None
+        return load_lane(reference)
 
     def perform(self, work: Callable[[], Coroutine[Any, Any, Answer | None]], *, level: str = "error") -> int:
         """Run a verb to its end, say its answer, and return its exit code. What is logged meanwhile is said
@@ -88,16 +83,20 @@ class Session:
         chosen = self.settings.log_level if os.environ.get("FLOWLANE_LOG_LEVEL") else level
         with (
             logging_to_stderr(chosen, as_json=self.json, debug=self.debug),
-            redirect_stdout(sys.stderr if self.json else sys.stdout),
+            redirect_stdout(cast(TextIO, Spoken(sys.stderr if self.json else sys.stdout))),
         ):
-            answer = asyncio.run(work())
+            answer = _finish(work())
         if answer is None:
             return 0
         self.say(answer)
         return answer.code
 
     def say(self, answer: Answer) -> None:
-        """Print `answer`. A reader that has gone away (``| head``) is no failure of the lane."""
+        """Print `answer`. A reader that has gone away (``| head``) is no failure of the lane.
+
+        Raises:
+            FlowlaneError: stdout does not take it, for any other reason.
+        """
         try:
             if self.json:
                 self._document(answer.document)
@@ -105,8 +104,15 @@ class Session:
                 answer.show(Screen(self._stdout))
             self._stdout.flush()
         except BrokenPipeError:
-            with suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stdout.fileno())
+            to_nowhere(self._stdout)
+        except (OSError, ValueError) as error:
+            if isinstance(error, ValueError) and not self._stdout.closed:
+                raise
+            to_nowhere(self._stdout)
+            said = getattr(error, "strerror", None) or error
+            raise FlowlaneError(
+                f"stdout takes no answer ({said}); what was done is in the log: see `flowlane status`"
+            ) from error
 
     def _document(self, document: Any) -> None:
         self._said = True
@@ -119,11 +125,49 @@ class Session:
         if self.debug:
             traceback.print_exception(error)
         kind, code, message = _classified(error)
-        print(f"flowlane: {message}", file=sys.stderr)
+        # A terminal has just shown ^C: the message begins on a line of its own.
+        begin = "\n" if code == INTERRUPTED and sys.stderr.isatty() else ""
+        with suppress(OSError, ValueError):
+            print(f"{begin}flowlane: {message}", file=sys.stderr, flush=True)
         if self.json and not self._said:
-            with suppress(BrokenPipeError):
+            try:
                 self._document({"error": {"kind": kind, "message": message}})
+                self._stdout.flush()
+            except (OSError, ValueError):
+                to_nowhere(self._stdout)
         return code
+
+
+def _finish(work: Coroutine[Any, Any, Answer | None]) -> Answer | None:
+    """Run `work` in a loop of its own.
+
+    Raises:
+        FlowlaneError: the lane's code called ``sys.exit`` (one unit does not decide when a worker ends), or a
+            connection of the lane's broke.
+    """
+    left: list[BaseException] = []
+
+    async def quiet() -> Answer | None:
+        try:
+            return await work
+        except (SystemExit, KeyboardInterrupt) as error:
+            # It has left through the loop already; out of here, it would be told as lost besides.
+            left.append(error)
+            return None
+
+    try:
+        answer = asyncio.run(quiet())
+        if left:
+            raise left[0]
+    except SystemExit as error:
+        said = "" if error.code is None else repr(error.code)
+        raise FlowlaneError(
+            f"the lane's code called sys.exit({said}) in the middle of its work: raise Permanent(...) there "
+            "instead, and run again to go on"
+        ) from error
+    except BrokenPipeError as error:  # a connection of the lane's: stdout and stderr are seen to elsewhere
+        raise FlowlaneError(f"{type(error).__name__}: {error}") from error
+    return answer
 
 
 def until_told(app: Application) -> tuple[asyncio.Event, Deadline]:

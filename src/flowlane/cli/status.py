@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from flowlane.cli.coverage import read_coverage, show_coverage
 from flowlane.cli.screen import Screen
 from flowlane.cli.session import Answer, Session
@@ -33,7 +35,9 @@ async def show_status(session: Session, lane: Lane, days: int, runs: int) -> Ans
             document["dead"] += 1
         for name, view in lane.views.items():
             try:
-                document["views"][name] = await view(LogView(app.engine, lane.name))
+                # As JSON has it, for people too: a view answers the same to both, or is refused for both.
+                shown = await view(LogView(app.engine, lane.name))
+                document["views"][name] = msgspec.json.decode(msgspec.json.encode(shown))
             except FlowlaneError:
                 raise
             except Exception as error:

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import functools
 import sys
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import click
 
 from flowlane import __version__
 from flowlane.cli.session import Answer, Session
+from flowlane.cli.standard import standard_streams, to_nowhere
 
 Work = Coroutine[Any, Any, Answer | None]
+
+
+@contextmanager
+def _read_or_not() -> Iterator[None]:
+    """A reader of the help that has gone away (``| head``) is no failure; to click it is."""
+    try:
+        yield
+    except BrokenPipeError:
+        to_nowhere(sys.stdout)
+        raise click.exceptions.Exit(0) from None
 
 
 class _Verbs(click.Group):
     """A group whose errors are one line and an exit code, in the process and out of it."""
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> NoReturn:
+        standard_streams()
         arguments = list(sys.argv[1:] if args is None else args)
         session = Session(arguments)
         extra["standalone_mode"] = False
@@ -36,6 +50,19 @@ class _Verbs(click.Group):
         except BaseException as error:  # noqa: BLE001  # nobody is above: it becomes a line and a code
             code = session.fail(error)
         sys.exit(code or 0)
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with _read_or_not():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with _read_or_not():
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise asyncio.CancelledError from None  # click would print an empty line, whoever reads
+        except EOFError as error:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error  # to click that is Ctrl-C
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -104,7 +131,7 @@ def worker(session: Session, lanes: tuple[str, ...]) -> Work:
 @verb
 @_lane
 @click.option("--days", type=click.IntRange(1), default=31, show_default=True, help="Days in the map.")
-@click.option("--runs", type=click.IntRange(1), default=5, show_default=True, help="Runs listed.")
+@click.option("--runs", type=click.IntRange(1, 1_000_000), default=5, show_default=True, help="Runs listed.")
 def status(session: Session, lane: str, days: int, runs: int) -> Work:
     """Show LANE's last runs, what is open or dead, its views."""
     from flowlane.cli.status import show_status

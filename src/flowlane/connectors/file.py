@@ -116,19 +116,13 @@ class FileStore:
         finally:
             await hop(self._clock, upload.close)
 
-    async def orphans(self, url: str, *, older: float) -> AsyncIterator[str]:
-        """The URLs of the parts below the directory `url` that were not touched for `older` seconds."""
-        limit = self._clock.now().timestamp() - older
-        found = _orphans(path_of(url), limit)
-        with _reading(url):
-            while some := await hop(self._clock, _take, found):
-                for part in some:
-                    yield url_of(part)
-
-    async def discard(self, url: str) -> bool:
-        """Remove the part at `url`, unless somebody is writing to it; whether it was removed."""
+    async def discard(self, url: str, upload: str) -> None:
+        """See ``Store.discard``. A part's lock tells whether its owner is at work."""
+        target = path_of(url)
+        if not is_part_of(upload, target):
+            raise Permanent(f"{upload!a} is no unfinished upload to {url}")
         with _writing(url):
-            return await hop(self._clock, discard, path_of(url))
+            await hop(self._clock, discard, target.parent / upload)
 
 
 class FileBody:
@@ -300,17 +294,6 @@ def _listing(directory: Path, pattern: list[str]) -> Iterator[ObjectInfo]:
                 yield _describe(Path(entry.path), entry.stat())
         except FileNotFoundError:
             continue  # gone since it was listed
-
-
-def _orphans(directory: Path, limit: float) -> Iterator[Path]:
-    for root, directories, names in os.walk(directory):
-        directories.sort()
-        for path in (Path(root, name) for name in sorted(names) if is_part(name)):
-            try:
-                if path.stat().st_mtime < limit:
-                    yield path
-            except FileNotFoundError:
-                continue  # finished since it was listed
 
 
 def _take(found: Iterator[T]) -> list[T]:

@@ -106,6 +106,10 @@ class HttpStore:
         raise ConfigError(f"{redact(url)} cannot be written to: choose a file:// or s3:// target")
         yield
 
+    async def discard(self, url: str, upload: str) -> None:
+        """Refused, as every upload is."""
+        raise Permanent(f"{redact(url)} cannot be written to: it has no unfinished upload {upload!a}")
+
 
 class _Wanted(NamedTuple):
     """What a reader asked for."""

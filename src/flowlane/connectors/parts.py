@@ -210,19 +210,15 @@ class Part:
         )
 
 
-def discard(path: Path) -> bool:
-    """Remove the part at `path` unless its owner is alive; whether it was removed."""
-    if not is_part(path.name):
-        raise Permanent(f"{path} is not a part file")
+def discard(path: Path) -> None:
+    """Remove the part at `path`, if there is one, unless its owner is alive."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
-        return False
+        return
     try:
-        free = bool(_lock(descriptor)) and _same(descriptor, path)
-        if free:
+        if _lock(descriptor) and _same(descriptor, path):
             path.unlink(missing_ok=True)
-        return free
     finally:
         os.close(descriptor)
 

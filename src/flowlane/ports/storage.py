@@ -127,3 +127,13 @@ class Store(Protocol):
             Permanent, Retryable, ConfigError: the target cannot be written.
         """
         ...
+
+    async def discard(self, url: str, upload: str) -> None:
+        """The unfinished upload to `url` named `upload` is gone, unless its owner is at work on it. If there
+        is none, this is fine.
+
+        Raises:
+            Permanent: `upload` names none to `url`; or the store cannot be written.
+            Retryable: the store did not answer.
+        """
+        ...

@@ -508,6 +508,10 @@ class FaultyStore:
             upload = await self._process.call("store.upload", lambda: stack.enter_async_context(opening))
             yield FaultyUpload(self._process, upload)
 
+    async def discard(self, url: str, upload: str) -> None:
+        """See ``Store.discard``."""
+        await self._process.call("store.discard", lambda: self._store.discard(url, upload))
+
 
 # --------------------------------------------------------------------------- records
 

@@ -346,6 +346,19 @@ class StoreSuite(ReadableSuite):
             await upload.commit()
         assert await fetch(store, url) == b"1" * self.part
 
+    async def test_a_discarded_upload_is_gone(self, store: Store, base: str) -> None:
+        url = base + "a.bin"
+        async with store.upload(url, owner="dead") as upload:
+            await upload.write(b"1" * self.part)
+            name, position = upload.id, await upload.flush()
+        await store.discard(url, name)
+        await store.discard(url, name)
+        async with store.upload(url, owner="next", resume=name, position=position) as upload:
+            assert upload.position == 0
+            await upload.write(b"2" * self.part)
+            await upload.commit()
+        assert await fetch(store, url) == b"2" * self.part
+
     async def test_a_commit_that_nobody_heard_of(self, store: Store, base: str) -> None:
         """The owner died between its commit and its log entry; the next attempt does all of it again."""
         async with store.upload(base + "a.bin", owner="one") as upload:

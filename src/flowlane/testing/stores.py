@@ -133,6 +133,13 @@ class Lake:
             del part.data[position:]
         yield _MemoryUpload(self, part, owner, overwrite)
 
+    async def discard(self, url: str, upload: str) -> None:
+        """See ``Store.discard``. Whether an owner is at work is not known here: it is fenced."""
+        part = self.parts.get(upload)
+        if part is not None and part.url != url:
+            raise Permanent(f"{upload} is no unfinished upload to {url}")
+        self.parts.pop(upload, None)
+
     def land(self, url: str, owner: str, data: bytes, *, overwrite: bool) -> ObjectInfo:
         """Make `data` visible under `url`.
 
@@ -293,6 +300,10 @@ class Web:
         self, url: str, *, owner: str, resume: str = "", position: int = 0, overwrite: bool = False
     ) -> AbstractAsyncContextManager[Upload]:
         """See ``Store.upload``; the web cannot be written."""
+        raise Permanent(f"cannot write {url}: the web can only be read")
+
+    async def discard(self, url: str, upload: str) -> None:
+        """See ``Store.discard``."""
         raise Permanent(f"cannot write {url}: the web can only be read")
 
 
