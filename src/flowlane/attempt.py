@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from flowlane.engine import Engine
 
 _MAX_STEP_RESULT = 64 * 1024
+#: What the log is asked to hold of a unit's state while it goes on: its end, with its reason, must fit too.
+_MAX_PROGRESS = events.MAX_EVENT_BYTES - 16 * 1024
 _NO_COUNTS = Counts()
 Outcome = Literal["settled", "dead", "retried", "continued", "conflict", "released", "failed"]
 Terminal = Literal["unit.settled", "unit.skipped", "unit.superseded", "unit.dead"]
@@ -68,6 +70,9 @@ class Attempt:
     _logged = events.EMPTY
     _logged_at = 0.0
     _busy = False
+    unsure: Event | None = None  #: handed to the log, and nobody said what became of it
+    _turn: asyncio.Lock | None = None
+    _stepped: frozenset[str] = frozenset()  #: the steps that the handler has had an answer from
 
     def __init__(
         self, engine: Engine, handling: Handling, delivery: Delivery, origin: Event, deadline: Deadline
@@ -151,11 +156,18 @@ class Attempt:
         """Append ``attempt.started`` before the first effect outside; its version is the fencing token."""
         if self.started:
             return
-        now = self.progress
-        now.attempt += 1
-        now.token = self.version + 1
-        await self._append(events.ATTEMPT_STARTED)
-        self.started = True
+        async with self._logs():
+            if self.started:  # another effect, begun at the same time
+                return
+            now = self.progress
+            now.attempt += 1
+            now.token = self.version + 1
+            try:
+                await self._append(events.ATTEMPT_STARTED)
+            except BaseException:
+                now.attempt -= 1  # counted by whoever sees to the failure
+                raise
+            self.started = True
 
     async def record(self, kind: str, *, moved: bool) -> None:
         """Log the unit's progress; `moved` says that it is further than it has ever been.
@@ -163,9 +175,10 @@ class Attempt:
         Raises:
             Fenced: another attempt has taken the unit over: have no further effect.
         """
-        if moved:
-            self.note_move()
-        await self._append(kind)
+        async with self._logs():
+            if moved:
+                self.note_move()
+            await self._append(kind)
 
     def note_move(self) -> None:
         """The unit is further than it has ever been: its budgets of attempts and continuations begin anew."""
@@ -177,14 +190,24 @@ class Attempt:
         return Fenced(f"{self.unit}: the lease of this attempt was lost; another one has the unit")
 
     async def _append(self, kind: str) -> None:
-        if self.lost:
-            raise self._fenced()
-        async with self._logs():
-            own = self.make(kind, self.progress)
-            result = await self.engine.commit(Commit(appends=(Append(self.unit, self.version, (own,)),)))
-            if isinstance(result, VersionConflict):
-                raise result
+        own = self.make(kind, self.progress)
+        if len(own.data) > _MAX_PROGRESS:
+            raise Permanent(
+                f"the state of {self.unit} has {len(own.data):,} bytes, the limit is {_MAX_PROGRESS:,}: "
+                "let steps return URLs of what they store, or split the unit"
+            )
+        result = await self._commit_own(own, Commit((Append(self.unit, self.version, (own,)),)))
+        if isinstance(result, VersionConflict):
+            raise result
+
+    async def _commit_own(self, own: Event, commit: Commit) -> Committed | VersionConflict:
+        """Commit `own`, the next event of the stream. Should this be cut short, ``hush`` finds out."""
+        self.unsure = own
+        result = await self.engine.commit(commit)
+        self.unsure = None
+        if not isinstance(result, VersionConflict):
             self._note_logged(own)
+        return result
 
     def _note_logged(self, own: Event) -> None:
         self.version += 1
@@ -195,7 +218,9 @@ class Attempt:
     def beat(self, now: float, silence: float) -> None:
         """Say in the log that somebody is at work here, if nothing has for `silence` seconds: whoever is
         handed the unit besides then leaves it alone. Never while another append is under way."""
-        if self._busy or self.beating is not None or not self.started or self.lost:
+        if self._busy or self.beating is not None or self.unsure is not None:
+            return
+        if not self.started or self.lost:
             return
         if now - self._logged_at < silence:
             return
@@ -209,26 +234,50 @@ class Attempt:
             return
         (own, answer), self.beating = self.beating, None
         if answer.cancelled() or answer.exception() is not None:
-            return  # unknown: if it was applied, the next append is refused
-        if isinstance(answer.result(), VersionConflict):
+            self.unsure = own
+        elif isinstance(answer.result(), VersionConflict):
             self.lost = True
         else:
             self._note_logged(own)
 
     async def hush(self) -> None:
-        """No sign of life any more; returns once the last one is through."""
+        """No sign of life any more; returns once it is known what became of the last one, and of an append
+        that was cut short.
+
+        Raises:
+            FlowlaneError: the log is away.
+        """
         self._busy = True
         if self.beating is not None:
             await asyncio.wait([self.beating[1]])
             self._heard()
+        own = self.unsure
+        if own is not None:
+            await self.engine.committer.commit(Commit())  # what was handed in before is through
+            found = await self.engine.look_up(own)
+            self.unsure = None
+            if isinstance(found, VersionConflict):
+                self.lost = True
+            elif found is not None:
+                self._note_logged(own)
 
     @asynccontextmanager
     async def _logs(self) -> AsyncIterator[None]:
-        await self.hush()
-        try:
-            yield
-        finally:
-            self._busy = False
+        """One append at a time, though a handler may have several effects at once.
+
+        Raises:
+            Fenced: another attempt has the unit.
+        """
+        if self._turn is None:
+            self._turn = asyncio.Lock()
+        async with self._turn:
+            try:
+                await self.hush()
+                if self.lost:
+                    raise self._fenced()
+                yield
+            finally:
+                self._busy = False
 
     # ------------------------------------------------------------------ discovery
 
@@ -241,22 +290,25 @@ class Attempt:
 
     async def flush(self) -> None:
         """Register what was found so far, fenced by a progress event on the finder's own stream."""
-        findings = self.findings
+        findings, now = self.findings, self.progress
         if not findings:
             return
         async with self._logs():
-            while True:
-                own = self._make_counting(events.DISCOVERY_PROGRESS)
-                result = await self.engine.commit(self._commit(own, ()))
-                if not isinstance(result, VersionConflict):
-                    break
-                findings.leave_out(result)
-            self.progress.children += len(findings.children)
-            self._note_logged(own)
-        moved = bool(findings)
+            before = now.attempt, now.hops
+            try:
+                now.attempt = now.hops = 0  # it moves on, by what is found
+                while findings:
+                    own = self._make_counting(events.DISCOVERY_PROGRESS)
+                    result = await self._commit_own(own, self._commit(own, ()))
+                    if not isinstance(result, VersionConflict):
+                        now.children += len(findings.children)
+                        before = 0, 0
+                        self.moved = True
+                        break
+                    findings.leave_out(result)  # of which nothing may be left: all of it was known
+            finally:
+                now.attempt, now.hops = before
         findings.committed()
-        if moved:
-            self.note_move()
 
     def _commit(
         self, own: Event, tally: Sequence[Tally], *, ack: Delivery | None = None, again: float = -1.0
@@ -409,7 +461,10 @@ class Attempt:
 
     async def step(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
         steps = self.progress.steps
+        if name in self._stepped:
+            raise Permanent(f"stage {self.stage.name} has two steps called {name!r}: number them, say")
         if name in steps:
+            self._stepped |= {name}
             return steps[name]
         if self.lost:
             raise self._fenced()
@@ -419,7 +474,10 @@ class Attempt:
         keyword = {}
         if "idempotency_key" in inspect.signature(function).parameters:
             keyword["idempotency_key"] = f"{self.unit}#{self.origin.round}/{name}"
-        result = await function(*args, **keyword)
+        answer = function(*args, **keyword)
+        if not inspect.isawaitable(answer):
+            raise Permanent(f"step {name!r} was given a function that is not async: write `async def`")
+        result = await answer
         try:
             size = len(events.encode_data(result))
         except (TypeError, msgspec.EncodeError) as error:
@@ -437,6 +495,7 @@ class Attempt:
         except Permanent:
             del steps[name]  # all of them together are too long: the unit's end must not be
             raise
+        self._stepped |= {name}
         return steps[name]
 
     async def secret(self, reference: str) -> str:

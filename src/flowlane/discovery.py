@@ -16,9 +16,10 @@ from flowlane.ports import Append, Publish, Tally
 if TYPE_CHECKING:
     from flowlane.attempt import Attempt
 
-#: Children registered by one commit; with its own event, facts and tallies it stays below MAX_ACTIONS.
-CHUNK = 64
-#: Seconds that a unit found may wait for others to be registered with.
+#: Children and facts in one commit. Each child may be of another stage and so cost a tally too: with its own
+#: event and tally, and a notice, the commit stays below MAX_ACTIONS.
+CHUNK = 48
+#: Seconds after which units found are registered at the next yield, however few they are.
 PATIENCE = 1.0
 #: A payload below this makes no event too long.
 _SURELY_FITS = events.MAX_EVENT_BYTES - 8192
@@ -71,7 +72,7 @@ class Findings:
                 f"stage {stage.name} yielded {type(item).__name__}, which no stage of lane {lane} handles"
             )
         stream = stream_of(lane, item)
-        if stream in self.children:
+        if stream in self.children or stream == origin.subject:  # a page that links to itself
             return
         child = Event(
             engine.next_id(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -172,38 +173,45 @@ class Engine:
 
     # ------------------------------------------------------------------ committing
 
-    async def commit(self, commit: Commit) -> Committed | VersionConflict:
-        """Commit, and find out what became of it where the answer was lost.
+    async def commit(self, commit: Commit, *, unsure: bool = False) -> Committed | VersionConflict:
+        """Commit, and find out what became of it where the answer was lost; `unsure`: it has been tried
+        before, and nobody knows with what success.
 
         Raises:
             Retryable: it is still unknown, or certain not to have been applied.
         """
         own = commit.appends[0].events[0] if commit.appends else None
+        error: Exception | None = None
         for tried in range(_COMMIT_TRIES):
             try:
-                return await self.committer.commit(commit)
+                result = await self.committer.commit(commit)
+                if not (unsure and own is not None and isinstance(result, VersionConflict)):
+                    return result
+                # It may be in conflict with itself: the answer to an earlier try was lost.
+                return await self.look_up(own) or result
             except Permanent:
                 raise
-            except Exception as error:  # whatever the backend raised, the log knows the truth
-                known = await self._look_up(own)
+            except Exception as raised:  # noqa: BLE001  # whatever it was, the log knows the truth
+                error, unsure = raised, True
+            with suppress(Exception):  # the log is away: try again
+                known = await self.look_up(own)
                 if known is not None:
                     return known
-                if tried == _COMMIT_TRIES - 1:
-                    raise Retryable(f"the log did not take a commit: {describe(error)}") from error
+            if tried < _COMMIT_TRIES - 1:
                 await self.clock.sleep(0.05 * 2**tried * self.clock.random())
-        raise AssertionError("unreachable")
+        assert error is not None
+        raise Retryable(f"the log did not take a commit: {describe(error)}") from error
 
-    async def _look_up(self, own: Event | None) -> Committed | VersionConflict | None:
+    async def look_up(self, own: Event | None) -> Committed | VersionConflict | None:
+        """What became of the commit whose own event is `own`: it was applied, or something else was in its
+        place, or (``None``) nothing is there."""
         if own is None:
             return None
-        try:
-            async for found in self.backend.read(own.subject, after=own.version - 1):
-                if found.id == own.id:
-                    return Committed()
-                last = await self.backend.last([own.subject])
-                return VersionConflict({own.subject: last[own.subject].version})
-        except Exception:  # noqa: BLE001  # the log is away: the caller tries again
-            return None
+        async for found in self.backend.read(own.subject, after=own.version - 1):
+            if found.id == own.id:
+                return Committed()
+            last = await self.backend.last([own.subject])
+            return VersionConflict({own.subject: last[own.subject].version})
         return None
 
     # ------------------------------------------------------------------ handling one delivery
@@ -247,12 +255,12 @@ class Engine:
                 raise Permanent(
                     f"stage {handling.name} returned {result!r:.60}: return nothing; yield the units you find"
                 )
-            if attempt.beating is not None:
+            if attempt.beating is not None or attempt.unsure is not None:
                 await attempt.hush()
             attempt.outcome = "settled"
             self.committer.submit(attempt.conclude(attempt.kind), attempt)
             return attempt
-        except Exception as error:  # noqa: BLE001  # a stage may raise anything; classified there
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # a stage may raise anything; classified there
             if slot.attempt is None and not isinstance(error, Permanent | ConfigError | Fenced):
                 # Log or queue are away. Nothing was attempted, so nothing failed: the lease runs out.
                 logger.warning("%s is left for later: %s", head.subject, describe(error))
@@ -307,10 +315,11 @@ class Engine:
         findings, clock = attempt.findings, self.clock
         try:
             async for item in found:
-                now = clock.monotonic()
                 if isinstance(item, Fact):
                     await findings.conclude(attempt, item)
+                    now = clock.monotonic()
                 else:
+                    now = clock.monotonic()
                     findings.add(attempt, item, now)
                 if findings.due(now) or attempt.lost or attempt.deadline.near(now):
                     await attempt.flush()
@@ -327,7 +336,7 @@ class Engine:
         await attempt.hush()
         now = attempt.progress
         policy = attempt.stage.policy
-        if isinstance(error, Fenced) and await self._overtaken(attempt):
+        if isinstance(error, Fenced) and await self._overtaken(attempt, error):
             return await self.conflict(attempt.delivery)
         commit: Commit
         if isinstance(error, Interrupted):
@@ -371,12 +380,13 @@ class Engine:
         attempt.outcome = "dead"
         return attempt.conclude("unit.dead", reason)
 
-    async def _overtaken(self, attempt: Attempt) -> bool:
-        """Whether the log says that another attempt has the unit; a refusal without that is permanent."""
-        if attempt.lost:
+    async def _overtaken(self, attempt: Attempt, error: Fenced) -> bool:
+        """Whether the log says that another attempt has the unit, or has moved on a fact that this one wanted
+        to; a refusal without that is permanent."""
+        if attempt.lost or (isinstance(error, VersionConflict) and attempt.findings.has_facts):
             return True
         head = (await self.backend.last([attempt.unit])).get(attempt.unit)
-        return head is None or head.version != attempt.version or attempt.findings.has_facts
+        return head is None or head.version != attempt.version
 
     async def conflict(self, delivery: Delivery) -> Outcome:
         """Somebody else decided first: if the unit has ended, see that what it owes is done; otherwise leave
@@ -406,11 +416,15 @@ class Engine:
         self, commit: Commit, attempt: Attempt, result: Committed | VersionConflict | BaseException
     ) -> None:
         try:
+            lost = isinstance(result, BaseException) and not isinstance(result, VersionConflict)
+            if lost:
+                result = await self.commit(commit, unsure=True)
             while isinstance(result, VersionConflict):
                 commit = attempt.end_again(result)
                 result = await self.commit(commit)
-            if isinstance(result, BaseException):
-                result = await self._again(commit, attempt, result)
+            assert isinstance(result, Committed)
+            if lost:
+                await attempt.delivery.ack()  # of a queue that does not commit along with the log
             await complete_after(self, commit, result)
         except VersionConflict:
             attempt.outcome = await self.conflict(attempt.delivery)
@@ -432,16 +446,6 @@ class Engine:
         else:
             await complete_after(self, commit, result)
 
-    async def _again(self, commit: Commit, attempt: Attempt, error: BaseException) -> Committed:
-        known = await self._look_up(attempt.final)
-        result = known if known is not None else await self.commit(commit)
-        while isinstance(result, VersionConflict):
-            commit = attempt.end_again(result)
-            result = await self.commit(commit)
-        if known is not None:
-            await attempt.delivery.ack()
-        return result
-
     async def repeat_obligations(self, head: Event) -> None:
         """Do again what the end of a unit owed: the check whether its run is complete."""
         if head.run:
@@ -459,7 +463,14 @@ def leaf(error: BaseException) -> BaseException:
 
 def describe(error: BaseException) -> str:
     """`error` as one line for the log: typed errors speak for themselves, others say their type too."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    try:
+        said = str(error)
+    except Exception:  # noqa: BLE001  # of the user's own making
+        said = ""
+    # Text that UTF-8 cannot hold, such as a file's undecodable name, would make the event that tells of it
+    # impossible, and its unit with it.
+    said = said.encode("utf-8", "backslashreplace").decode()
+    text = " ".join(said.split()) or type(error).__name__
     if not isinstance(error, Permanent | Retryable | ConfigError | Superseded | Fenced | Interrupted):
         text = f"{type(error).__name__}: {text}"
     return text[:1000]

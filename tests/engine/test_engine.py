@@ -428,7 +428,7 @@ async def test_too_many_long_step_results_are_dead_with_their_reason(bench: Benc
 
     report = await bench.run(lane_of(load))
     reason = only(report)
-    assert "the limit is 262,144" in reason
+    assert "the limit is 245,760" in reason
     assert report.seconds < 60, "at once, not after lease upon lease"
     state, now = await bench.state("toy/thing/1")
     assert (state, len(now.steps)) == ("dead", 4), "what was done is remembered"
@@ -1393,9 +1393,9 @@ async def test_a_large_discovery_is_committed_in_chunks(bench: Bench) -> None:
     report = await bench.run(lane_of(units=[*units, *units[:10]]))
     assert (report.units["found"], report.units["settled"]) == (200, 200)
     assert sum(n > 0 for n in groups) >= 4
-    assert max(groups) <= 64
+    assert max(groups) <= 48
     progressed = [e for e in await bench.stream(report.run) if e.type == "discovery.progress"]
-    assert [progress(e).children for e in progressed[:3]] == [64, 128, 192]
+    assert [progress(e).children for e in progressed[:3]] == [48, 96, 144]
 
 
 @virtual
