@@ -71,6 +71,11 @@ class Findings:
             raise Permanent(
                 f"stage {stage.name} yielded {type(item).__name__}, which no stage of lane {lane} handles"
             )
+        if not (attempt.handling.counted or stage.on == events.LANE_TRIGGERED):
+            raise Permanent(
+                f"stage {stage.name} yielded {type(item).__name__}, but its run may be complete already: "
+                "yield units from lane.triggered or from a unit's stage, or trigger another lane"
+            )
         stream = stream_of(lane, item)
         if stream in self.children or stream == origin.subject:  # a page that links to itself
             return

@@ -260,7 +260,10 @@ class Engine:
             attempt.outcome = "settled"
             self.committer.submit(attempt.conclude(attempt.kind), attempt)
             return attempt
-        except (Exception, SystemExit) as error:  # noqa: BLE001  # a stage may raise anything; classified there
+        except SystemExit as error:  # of one unit's code: no reason for all the others to end
+            said = f"stage {handling.name} called sys.exit({error.code!r}) in the middle of its work"
+            return await self.fail(attempt, Permanent(f"{said}: raise Permanent(...) there"))
+        except Exception as error:  # noqa: BLE001  # a stage may raise anything; classified there
             if slot.attempt is None and not isinstance(error, Permanent | ConfigError | Fenced):
                 # Log or queue are away. Nothing was attempted, so nothing failed: the lease runs out.
                 logger.warning("%s is left for later: %s", head.subject, describe(error))

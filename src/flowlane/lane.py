@@ -202,7 +202,7 @@ class Trigger(Unit, key=("slot",), type="run"):
 
 
 class Completed(Unit, key=("run", "round"), type="notice"):
-    """What ``lane.completed`` and ``lane.failed`` carry, once per run and round, with the whole report."""
+    """What ``lane.completed`` and ``lane.failed`` carry, once each time the run comes to rest: the report."""
 
     run: str
     round: int

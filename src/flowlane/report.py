@@ -10,7 +10,7 @@ import msgspec
 from flowlane.events import Event
 from flowlane.lane import Lane
 from flowlane.ports import Backend
-from flowlane.state import Counts, Progress, RunTally, StageTally, failure, progress
+from flowlane.state import Counts, Progress, RunTally, StageTally, failure, progress, status
 
 
 class Report(msgspec.Struct):
@@ -45,7 +45,8 @@ def build_report(lane: Lane, head: Event, now: Progress, tallies: Sequence[RunTa
     """The report of the run whose head is `head` and state `now`, from the tallies of its rounds.
 
     A run has failed if a unit (or its discovery) is dead, if more records are in quarantine than its error
-    budget allows, or if records are unaccounted for.
+    budget allows, or if records are unaccounted for: that is the reason. One of which something is at work
+    has not settled, without one.
     """
     stages: dict[str, StageTally] = {stage.name: StageTally() for stage in lane.stages if stage.counted}
     for tally in tallies:
@@ -54,11 +55,13 @@ def build_report(lane: Lane, head: Event, now: Progress, tallies: Sequence[RunTa
     total = StageTally()
     for part in stages.values():
         total.add(part)
-    reason = _failure(lane, now, total)
+    at_work = status(head) == "open" or total.found > total.settled
+    died = "" if status(head) == "open" else now.reason  # of a discovery at work: why it is retried
+    reason = _failure(lane, died, total)
     return Report(
         lane=lane.name,
         run=head.subject,
-        outcome="failed" if reason else "settled",
+        outcome="failed" if reason or at_work else "settled",
         reason=reason,
         units=_units(total),
         records=_records(total.counts),
@@ -73,13 +76,13 @@ def build_report(lane: Lane, head: Event, now: Progress, tallies: Sequence[RunTa
             }
             for name, part in stages.items()
         ],
-        dead=[{"unit": head.subject, "reason": now.reason}] if now.reason else [],
+        dead=[{"unit": head.subject, "reason": died}] if died else [],
     )
 
 
-def _failure(lane: Lane, now: Progress, total: StageTally) -> str:
-    if now.reason:
-        return f"discovery died: {now.reason}"
+def _failure(lane: Lane, died: str, total: StageTally) -> str:
+    if died:
+        return f"discovery died: {died}"
     if total.dead > total.redriven:
         dead = total.dead - total.redriven
         return f"{dead} unit is dead" if dead == 1 else f"{dead} units are dead"

@@ -29,8 +29,8 @@ _GROUP = 64
 
 
 class Swept(msgspec.Struct):
-    """What one sweep found open, queued again, and completed; how many unfinished uploads of dead units it
-    discarded; and how many open units are owed to which stages that the lane does not have."""
+    """What one sweep found open, queued again, and itself completed; how many unfinished uploads of dead
+    units it discarded; and how many open units are owed to which stages that the lane does not have."""
 
     open: int = 0
     requeued: int = 0
@@ -40,7 +40,8 @@ class Swept(msgspec.Struct):
 
 
 async def sweep(engine: Engine, lane: str) -> Swept:
-    """Queue the lane's units again that no queue holds, and complete the runs of which nothing is left.
+    """Queue the lane's units again that no queue holds, and complete the runs of which nothing is left. A run
+    that cannot be completed is told of in a warning, and the rest is swept all the same.
 
     Raises:
         Retryable: the log is away; nothing is lost by that, the next sweep does the same.
@@ -51,10 +52,7 @@ async def sweep(engine: Engine, lane: str) -> Swept:
         async for head in engine.backend.units(lane, "open"):
             swept.open += 1
             if status(head) == "closed":
-                now = progress(head)
-                for number in range(now.opened + 1):
-                    if number not in now.completed:
-                        swept.completed += await complete(engine, head.subject, number)
+                swept.completed += await _complete(engine, head)
             elif (handling := engine.handling_of(head)) is None:
                 swept.stranded[head.stage] = swept.stranded.get(head.stage, 0) + 1
             elif _is_due(engine, head, handling.stage):
@@ -76,6 +74,23 @@ async def sweep(engine: Engine, lane: str) -> Swept:
             count,
         )
     return swept
+
+
+async def _complete(engine: Engine, head: Event) -> bool:
+    """Complete the run whose head is `head` if nothing of it is left; one that cannot be completed is told of
+    and stays open, and keeps nobody from sweeping the rest."""
+    try:
+        return await complete(engine, head.subject, progress(head).opened)
+    except Retryable:
+        raise
+    except FlowlaneError as error:
+        logger.warning(
+            "run %s cannot be completed and stays open: %s (`flowlane trace LANE %s` shows what it holds)",
+            head.subject,
+            error,
+            head.subject,
+        )
+        return False
 
 
 def _is_due(engine: Engine, head: Event, stage: Stage) -> bool:

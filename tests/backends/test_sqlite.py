@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from datetime import datetime
 from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from flowlane.backends.sqlite import open_backend
+from flowlane.backends.sqlite import group, open_backend, reader, writer
 from flowlane.errors import ConfigError, Permanent, Retryable
-from flowlane.events import Event
-from flowlane.ports import ChannelRecord, Commit, Environment, Tally
+from flowlane.events import UNIT_DEAD, UNIT_REDRIVEN, Event
+from flowlane.ports import Backend, ChannelRecord, Commit, Environment, Tally
 from flowlane.state import StageTally
 from flowlane.testing.backend_model import Opener, Storage
 from flowlane.testing.backend_suite import BackendSuite
 from flowlane.testing.channel_suite import ChannelSuite
 from flowlane.testing.manual import ManualClock
-from flowlane.testing.units import LANE, RUN, append, applied, discover, found, within
+from flowlane.testing.units import LANE, RUN, append, applied, discover, following, found, listed, within
 
 
 def environment(clock: ManualClock | None = None) -> Environment:
@@ -136,7 +140,313 @@ async def test_a_writer_waits_for_another_process_but_not_for_ever(tmp_path: Pat
         await applied(backend, discover(found("a")))
 
 
+# --------------------------------------------------------------------------- time
+
+
+async def subjects(backend: Backend, lease: float = 30) -> list[str]:
+    return [d.event.subject for d in await backend.receive(["load"], 10, lease=lease)]
+
+
+async def test_leases_that_a_clock_was_set_back_under_end_late_and_once_for_all_processes(
+    tmp_path: Path,
+) -> None:
+    uri, clock = f"sqlite:///{tmp_path}/f.db", ManualClock()
+    async with (
+        open_backend(uri, environment(clock)) as one,
+        open_backend(uri, environment(clock)) as two,
+    ):
+        await applied(one, discover(found("a")), discover(found("b")))
+        (held,) = await one.receive(["load"], 1, lease=30)
+        (other,) = await two.receive(["load"], 1, lease=30)
+        for backend in (one, two):  # each has seen the time before
+            clock.advance(5)
+            assert await subjects(backend) == []
+            await applied(backend, discover(found("later"), delay=3600)) if backend is two else None
+        clock.set(-7200)
+        for _ in range(4):
+            clock.advance(4)
+            for backend in (one, two):
+                assert await subjects(backend) == []
+        assert await held.extend(30) is True
+        clock.advance(16)
+        assert await subjects(one) == [other.event.subject]
+        await held.ack()
+        clock.advance(3600)
+        assert await subjects(two) == [other.event.subject, "suite/later"]
+
+
+async def test_a_clock_that_was_set_back_while_nobody_ran(tmp_path: Path) -> None:
+    uri, clock = f"sqlite:///{tmp_path}/f.db", ManualClock()
+    async with open_backend(uri, environment(clock)) as backend:
+        await applied(backend, discover(found("a")), discover(found("b"), delay=30))
+    clock.set(-1e7)
+    async with open_backend(uri, environment(clock)) as backend:
+        assert await subjects(backend) == ["suite/a"]
+        assert await subjects(backend) == []
+        clock.advance(30)
+        assert await subjects(backend) == ["suite/a", "suite/b"]
+
+
+async def test_a_channel_goes_on_when_the_clock_is_set_back(tmp_path: Path) -> None:
+    uri, clock = f"sqlite:///{tmp_path}/f.db", ManualClock()
+    async with open_backend(uri, environment(clock)) as backend:
+        channel = backend.channel("c")
+        await channel.put([ChannelRecord("k", b"1")])
+        paused = channel.consume("me")
+        await anext(paused)
+        clock.set(-3600)
+        batch = await within(30, anext(channel.consume("me", wait=20)))
+        assert [record.data for record in batch.records] == [b"1"]
+
+
+class RestlessClock(ManualClock):
+    """It is later by ``step`` seconds each time that it is looked at."""
+
+    step = 0.0
+
+    def now(self) -> datetime:
+        self.advance(self.step)
+        return super().now()
+
+
+class Connection:
+    """A connection that a test watches or hinders."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self.begins = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    def execute(self, sql: str, *arguments: Any) -> Any:
+        if sql == "BEGIN IMMEDIATE":
+            self.begins.set()
+        return self._connection.execute(sql, *arguments)
+
+
+async def test_a_lease_counts_from_when_the_lock_was_got(tmp_path: Path) -> None:
+    path, clock = tmp_path / "f.db", ManualClock()
+    uri = f"sqlite:///{path}"
+    async with (
+        open_backend(uri, environment(clock)) as one,
+        open_backend(uri, environment(clock)) as two,
+    ):
+        await applied(one, discover(found("a")))
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            watched = Connection(one.writer._connected())
+            one.writer._connection = cast("Any", watched)
+            asked = asyncio.create_task(one.receive(["load"], 1, lease=2))
+            assert await asyncio.to_thread(watched.begins.wait, 30)
+            clock.advance(3)
+            other.execute("COMMIT")
+        (delivery,) = await asked
+        assert await two.receive(["load"], 1, lease=2) == []
+        assert await delivery.extend(2) is True
+
+
+async def test_a_transaction_that_begins_again_has_a_new_moment(tmp_path: Path) -> None:
+    path, clock = tmp_path / "f.db", RestlessClock()
+    async with open_backend(f"sqlite:///{path}", environment(clock)) as backend:
+        await applied(backend, Commit((append(found("a")),)))
+        clock.step = 100
+        await backend.commit([discover(found("a")), discover(found("b"), delay=10)])
+        clock.step = 0
+        with closing(sqlite3.connect(path)) as other:
+            (due,) = other.execute("SELECT due FROM queue").fetchone()
+            (latest,) = other.execute("SELECT latest FROM clock").fetchone()
+        assert due == latest + 10_000 == int(clock.now().timestamp() * 1000) + 10_000
+
+
 # --------------------------------------------------------------------------- one process
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+async def test_a_file_that_is_removed_or_replaced_is_not_gone_on_with(tmp_path: Path, replaced: bool) -> None:
+    path, aside, clock = tmp_path / "f.db", tmp_path / "aside.db", ManualClock()
+    async with open_backend(f"sqlite:///{path}", environment(clock)) as backend:
+        await applied(backend, discover(found("a")))
+        path.rename(aside)
+        if replaced:
+            shutil.copy(aside, path)
+        clock.advance(1)
+        for back in (False, True):
+            if back:
+                aside.rename(path)
+            wants: list[Callable[[], Any]] = [
+                lambda: backend.commit([discover(found("b"))]),
+                lambda: backend.receive(["load"], 1, lease=9, wait=60),
+                lambda: backend.last(["suite/a"]),
+                lambda: backend.channel("c").put([ChannelRecord("k", b"1")]),
+                lambda: listed(backend.scan(LANE)),
+            ]
+            for want in wants:
+                with pytest.raises(ConfigError, match=r"f\.db: was removed or replaced.*start again$"):
+                    await within(30, want())
+            assert path.exists() is (replaced or back)
+
+
+async def test_the_directory_may_be_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    clock = ManualClock()
+    async with open_backend("sqlite:///f.db", environment(clock)) as backend:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        clock.advance(1)
+        await applied(backend, discover(found("a")))
+        assert set(await backend.last(["suite/a"])) == {"suite/a"}
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+async def test_one_receive_hands_out_so_many_bytes(tmp_path: Path) -> None:
+    async with open_backend(f"sqlite:///{tmp_path}/f.db", environment()) as backend:
+        await applied(backend, *(discover(found(f"s{n}")) for n in range(600)))
+        assert len(await backend.receive(["load"], 600, lease=9)) == 600
+        await backend.purge()
+        for n in range(100):
+            await applied(backend, discover(found(f"u{n}", data="\u00fc" * 100_000)))
+        sizes: list[int] = []
+        while some := await backend.receive(["load"], 512, lease=9):
+            sizes.append(sum(len(cast("Any", delivery.event.data)) for delivery in some))
+        assert sum(sizes) > 100 * 200_000
+        assert max(sizes) < 4 << 20
+        assert min(sizes[:-1]) > 3 << 20
+        await applied(backend, *(discover(found(f"t{n}")) for n in range(600)))
+        assert len(await backend.receive(["load"], 600, lease=9)) == 600
+
+
+async def test_an_entry_that_is_longer_than_a_portion_is_handed_out_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flowlane.backends.sqlite.queue._BYTES", 1000)
+    async with open_backend(f"sqlite:///{tmp_path}/f.db", environment()) as backend:
+        await applied(backend, *(discover(found(f"u{n}", data="x" * 5000)) for n in range(3)))
+        await applied(backend, *(discover(found(f"v{n}", stage="copy", data="x" * 5000)) for n in range(3)))
+        sizes = [len(await backend.receive(["load", "copy"], 9, lease=9)) for _ in range(7)]
+        assert sizes == [1, 1, 1, 1, 1, 1, 0]
+
+
+async def test_one_transaction_takes_on_so_many_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups: list[int] = []
+    apply = group.apply
+
+    def watched(connection: Any, group: Sequence[Any], wall: Any) -> Any:
+        groups.append(len(group))
+        return apply(connection, group, wall)
+
+    monkeypatch.setattr(writer, "apply", watched)
+    path = tmp_path / "f.db"
+    async with open_backend(f"sqlite:///{path}", environment()) as backend:
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            works = [[discover(found(f"u{n}", data="x" * 200_000))] for n in range(200)]
+            tasks = [asyncio.create_task(backend.commit(work)) for work in works]
+            await asyncio.sleep(0)
+            other.execute("COMMIT")
+        await within(60, asyncio.gather(*tasks))
+    assert sum(groups) == 200
+    assert max(groups) <= 42
+
+
+class Unwilling(Connection):
+    """A connection to a disk that has gone: it can neither commit nor roll back."""
+
+    def execute(self, sql: str, *arguments: Any) -> Any:
+        if sql in ("COMMIT", "ROLLBACK"):
+            raise sqlite3.OperationalError("disk I/O error")
+        return super().execute(sql, *arguments)
+
+
+async def test_a_transaction_that_cannot_be_rolled_back_is_the_end_of_its_connection_only(
+    tmp_path: Path,
+) -> None:
+    async with open_backend(f"sqlite:///{tmp_path}/f.db", environment()) as backend:
+        for n in range(2):
+            backend.writer._connection = cast("Any", Unwilling(backend.writer._connected()))
+            with pytest.raises(Retryable, match="disk I/O"):
+                await within(30, backend.commit([discover(found(f"lost{n}"))]))
+            await within(30, applied(backend, discover(found(f"kept{n}"))))
+        backend.writer._connection = cast("Any", Unwilling(backend.writer._connected()))
+        with pytest.raises(Retryable, match="disk I/O"):
+            await within(30, backend.purge())
+        assert {event.subject for event in await listed(backend.scan(LANE))} == {"suite/kept0", "suite/kept1"}
+
+
+async def test_a_file_that_is_gone_is_not_made_anew_by_a_new_connection(tmp_path: Path) -> None:
+    path = tmp_path / "f.db"
+    async with open_backend(f"sqlite:///{path}", environment()) as backend:
+        backend.writer._connection = cast("Any", Unwilling(backend.writer._connected()))
+        with pytest.raises(Retryable):
+            await backend.commit([discover(found("a"))])
+        path.unlink()
+        with pytest.raises(ConfigError, match="removed"):
+            await within(30, backend.commit([discover(found("a"))]))
+    assert not path.exists()
+
+
+async def test_the_open_units_are_found_without_walking_the_dead(tmp_path: Path) -> None:
+    async with open_backend(f"sqlite:///{tmp_path}/f.db", environment()) as backend:
+        for n in range(0, 2000, 50):
+            some = [found(f"u{m:04}") for m in range(n, n + 50)]
+            await applied(backend, *(Commit((append(u, following(u, UNIT_DEAD)),)) for u in some))
+        await applied(backend, Commit((append(found("z")),)))
+        assert [event.subject for event in await listed(backend.units(LANE, "open"))] == ["suite/z"]
+        steps = 0
+
+        def step() -> int:
+            nonlocal steps
+            steps += 1
+            return 0
+
+        connection = backend._reader._connection
+        assert connection is not None
+        connection.set_progress_handler(step, 1)
+        assert len(await listed(backend.units(LANE, "open"))) == 1
+        assert steps < 500
+        assert len(await listed(backend.units(LANE, "dead"))) == 2000
+
+
+async def test_a_unit_that_is_redriven_leaves_nothing_among_the_dead(tmp_path: Path) -> None:
+    path, head = tmp_path / "f.db", found("a")
+    async with open_backend(f"sqlite:///{path}", environment()) as backend:
+        await applied(backend, Commit((append(head),)))
+        for type in (UNIT_DEAD, UNIT_REDRIVEN, UNIT_DEAD, UNIT_REDRIVEN):
+            head = following(head, type)
+            await applied(backend, Commit((append(head),)))
+    with closing(sqlite3.connect(path)) as other:
+        assert other.execute("SELECT count(*) FROM dead").fetchone() == (0,)
+
+
+async def test_a_file_of_an_earlier_build_gets_what_it_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "f.db"
+    one, two, other = found("a"), found("b"), found("c")
+    async with open_backend(f"sqlite:///{path}", environment()) as backend:
+        await applied(
+            backend, discover(one), discover(other), Commit((append(two, following(two, UNIT_DEAD)),))
+        )
+        await applied(backend, Commit((append(following(other)),)))
+    with closing(sqlite3.connect(path)) as old:
+        old.executescript(
+            "DROP INDEX log_runs; DROP TABLE clock; "
+            "CREATE TABLE units (stream TEXT PRIMARY KEY, lane TEXT NOT NULL, state TEXT NOT NULL) "
+            "WITHOUT ROWID; "
+            "CREATE INDEX units_dead ON units (lane, stream) WHERE state = 'dead'; "
+            "INSERT INTO units SELECT stream, lane, 'open' FROM open; "
+            "INSERT INTO units SELECT stream, lane, 'dead' FROM dead; DROP TABLE open; DROP TABLE dead"
+        )
+    for _ in range(2):
+        async with open_backend(f"sqlite:///{path}", environment()) as backend:
+            assert [head.subject for head in await listed(backend.units(LANE, "open"))] == ["suite/a"]
+            assert [head.subject for head in await listed(backend.units(LANE, "dead"))] == ["suite/b"]
+            assert await subjects(backend, 0.001) == ["suite/a", "suite/c"]
+            await backend.purge()
+            await applied(backend, Commit((), discover(one).publish), Commit((), discover(other).publish))
+    with closing(sqlite3.connect(path)) as new:
+        plan = new.execute("EXPLAIN QUERY PLAN " + reader._RUNS, (LANE, 5)).fetchall()
+    assert any("log_runs" in row[3] for row in plan)
 
 
 async def test_closing_finishes_what_was_accepted(tmp_path: Path) -> None:
@@ -255,7 +565,36 @@ async def test_a_uri_names_a_file(uri: str) -> None:
 async def test_options_are_checked(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/f.db"
     assert "synchronous=off" in await refused(uri, synchronous="off")
-    assert "busy_timeout=soon" in await refused(uri, busy_timeout="soon")
+    for seconds in ("soon", "-1", "nan", "inf", "1e9", ""):
+        assert f"busy_timeout={seconds} is not a number of seconds from 0" in await refused(
+            uri, busy_timeout=seconds
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("there", [False, True])
+async def test_a_file_that_stays_locked_is_refused_in_time(tmp_path: Path, there: bool) -> None:
+    path = tmp_path / "f.db"
+    uri = f"sqlite:///{path}"
+    if there:
+        async with open_backend(uri, environment()):
+            pass
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        began = time.monotonic()
+        text = await refused(uri, busy_timeout="0.3")
+        assert 0.3 <= time.monotonic() - began < 3
+        assert f"{path}: another process has held its lock for 0.3 s" in text
+        assert "busy_timeout" in text
+        assert "lock" in await refused(uri, busy_timeout="0")
+        opening = asyncio.create_task(open_and_close(uri))
+        other.execute("COMMIT")
+        await within(30, opening)
+
+
+async def open_and_close(uri: str) -> None:
+    async with open_backend(uri, environment()):
+        pass
 
 
 async def test_a_file_that_is_no_database_is_left_alone(tmp_path: Path) -> None:
@@ -294,6 +633,25 @@ async def test_a_damaged_file_is_refused_or_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="backup"):
         async with open_backend(f"sqlite:///{path}", environment()) as backend:
             await backend.commit([discover(found("more"))])
+
+
+@pytest.mark.parametrize("text", ["'{'", "'{}'", "CAST(x'22ff22' AS TEXT)"])
+async def test_an_event_that_cannot_be_read_is_the_file_s_fault(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "f.db"
+    async with open_backend(f"sqlite:///{path}", environment()) as backend:
+        await applied(backend, discover(found("a")))
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute(f"UPDATE log SET event = {text}")
+        for want in (
+            backend.last(["suite/a"]),
+            listed(backend.read("suite/a")),
+            listed(backend.scan(LANE)),
+            listed(backend.units(LANE, "open")),
+            backend.receive(["load"], 1, lease=9),
+        ):
+            with pytest.raises(ConfigError, match=r"f\.db: .* restore a backup") as caught:
+                await want
+            assert "\n" not in str(caught.value)
 
 
 async def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

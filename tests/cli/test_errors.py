@@ -216,10 +216,15 @@ def test_code_that_ends_the_process_is_one_line_and_exit_1(
     toy.write_text(toy.read_text().replace('print("the lane\'s own words")', end))
     result = cli_in(verb, "toy.py", "--backend", "memory://")
     assert result.exit_code == 1
-    said = "the lane's code called sys.exit(5) in the middle of its work: raise Permanent(...) there"
-    assert result.stderr.startswith(f"flowlane: {said}")
-    assert result.stderr.count("\n") == 1
-    assert said in document(verb, "toy.py", "--backend", "memory://", code=1)["error"]["message"]
+    said = "called sys.exit(5) in the middle of its work: raise Permanent(...) there"
+    found = document(verb, "toy.py", "--backend", "memory://", code=1)
+    if verb == "run":  # the discovery's own end, as if it had raised that
+        assert f"discovery died: stage find {said}" in result.stdout
+        assert f"stage find {said}" in found["reason"]
+    else:
+        assert result.stderr.startswith(f"flowlane: the lane's code {said}")
+        assert result.stderr.count("\n") == 1
+        assert said in found["error"]["message"]
 
 
 @pytest.mark.parametrize(

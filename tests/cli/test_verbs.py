@@ -332,8 +332,27 @@ def test_a_redriven_unit_that_dies_again_is_exit_1(ran: Cli) -> None:
 
 
 def test_redrive_json_and_nothing_to_redrive(ran: Cli, document: Callable[..., Any]) -> None:
-    assert document("redrive", "toy.py") == {"lane": "toy", "count": 1, "redriven": ["toy/found/2"]}
+    assert document("redrive", "toy.py") == {
+        "lane": "toy",
+        "count": 1,
+        "redriven": ["toy/found/2"],
+        "skipped": [],
+    }
     assert ran("redrive", "toy.py").stdout == "lane toy has no dead units: nothing to redrive\n"
+
+
+def test_what_cannot_be_put_back_is_said_and_exit_1(ran: Cli) -> None:
+    toy = Path("toy.py")
+    toy.write_text(toy.read_text().replace("async def load", "async def load_all"))
+    result = ran("redrive", "toy.py")
+    assert result.exit_code == 1
+    reason = "toy/found/2 is owed to stage 'load', which the lane no longer has: "
+    assert result.stdout.startswith(f"left as it is: {reason}")
+    assert "nothing to redrive" not in result.stdout
+    said = json.loads(ran("redrive", "toy.py", "--json").stdout)
+    assert (said["count"], said["redriven"]) == (0, [])
+    assert [skipped["stream"] for skipped in said["skipped"]] == ["toy/found/2"]
+    assert said["skipped"][0]["reason"].startswith(reason)
 
 
 def test_sweep(ran: Cli, document: Callable[..., Any]) -> None:

@@ -174,6 +174,8 @@ class MemoryBackend:
 
     async def commit(self, work: Sequence[Commit]) -> Sequence[Committed | VersionConflict]:
         fit = checked(work)
+        for commit in fit:  # before any is applied
+            assert commit.ack is None or isinstance(commit.ack, _Delivery), "a delivery of another backend"
         self._expire()
         answers = [self._apply(commit) for commit in fit]
         if any(commit.publish for commit in fit):
@@ -196,8 +198,7 @@ class MemoryBackend:
             self._append(append, stream)
         if commit.ack is not None:
             # Before the publishing: a reminder of the unit whose delivery this is must not find it queued.
-            assert isinstance(commit.ack, _Delivery), "a delivery of another backend"
-            self._ack(commit.ack)
+            self._ack(commit.ack)  # type: ignore[arg-type] # checked by ``commit``
         for publish in commit.publish:
             event = publish.event
             stream = known.get(event.subject)

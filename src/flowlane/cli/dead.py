@@ -8,11 +8,11 @@ from typing import Any
 import msgspec
 
 from flowlane.cli.screen import Screen
-from flowlane.cli.session import Answer, Session
+from flowlane.cli.session import FAILED, Answer, Session
 from flowlane.cli.text import plural
 from flowlane.compose import open_application
 from flowlane.lane import Lane
-from flowlane.redrive import redrive
+from flowlane.redrive import dead_units, redrive
 from flowlane.state import progress
 from flowlane.sweep import sweep
 
@@ -22,7 +22,7 @@ async def show_dead(session: Session, lane: Lane, limit: int) -> Answer:
     count = 0
     listed: list[dict[str, Any]] = []
     async with open_application([lane], session.settings) as app:
-        async for head in app.backend.units(lane.name, "dead"):
+        async for head in dead_units(app.backend, lane.name):
             count += 1
             if len(listed) < limit:
                 now = progress(head)
@@ -50,7 +50,8 @@ async def show_dead(session: Session, lane: Lane, limit: int) -> Answer:
 
 
 async def put_back(session: Session, lane: Lane, units: Sequence[str], reference: str) -> Answer:
-    """Redrive `units` of `lane` (named as ``dead`` lists them, the lane's name may be left out), or all."""
+    """Redrive `units` of `lane` (named as ``dead`` lists them, the lane's name may be left out), or all; it
+    has failed if some of them had to be left as they are."""
     prefix = f"{lane.name}/"
     wanted = [unit if unit.startswith(prefix) else prefix + unit for unit in units]
     async with open_application([lane], session.settings) as app:
@@ -60,10 +61,14 @@ async def put_back(session: Session, lane: Lane, units: Sequence[str], reference
         if revived:
             screen.line(f"{plural(len(revived), 'unit')} put back to work", "bold")
             screen.line(f"a worker goes on with them, or `flowlane run {reference}` does")
-        else:
+        elif not revived.skipped:
             screen.line(f"lane {lane.name} has no dead units: nothing to redrive")
+        for reason in revived.skipped.values():
+            screen.line(f"left as it is: {reason}", "bold red")
 
-    return Answer({"lane": lane.name, "count": len(revived), "redriven": revived}, show)
+    skipped = [{"stream": stream, "reason": reason} for stream, reason in revived.skipped.items()]
+    document = {"lane": lane.name, "count": len(revived), "redriven": list(revived), "skipped": skipped}
+    return Answer(document, show, FAILED if skipped else 0)
 
 
 async def sweep_lane(session: Session, lane: Lane) -> Answer:

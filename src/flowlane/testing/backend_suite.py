@@ -302,6 +302,26 @@ class IndexSuite(Suite):
         await applied(backend, Commit((append(second),)), Commit((append(following(second, end)),)))
         assert await index(backend, "open") == await index(backend, "dead") == set()
 
+    async def test_units_that_die_and_live_on_in_one_group(self, backend: Backend) -> None:
+        heads = {key: found(key) for key in "abc"}
+        await applied(backend, *(Commit((append(head),)) for head in heads.values()))
+        types = {
+            "a": (events.UNIT_DEAD, events.UNIT_REDRIVEN),
+            "b": (events.UNIT_DEAD, events.UNIT_REDRIVEN, events.UNIT_DEAD),
+            "c": (events.UNIT_DEAD, events.UNIT_REDRIVEN, events.UNIT_SETTLED),
+        }
+        for together in (True, False):
+            commits: list[Commit] = []
+            for key, some in types.items():
+                for type in (events.UNIT_REDRIVEN, *some):
+                    heads[key] = following(heads[key], type)
+                    commits.append(Commit((append(heads[key]),)))
+            for group in [commits] if together else [[commit] for commit in commits]:
+                await applied(backend, *group)
+            assert await index(backend, "open") == {"suite/a"}
+            assert await index(backend, "dead") == {"suite/b"}
+            assert await listed(backend.units(LANE, "dead")) == [heads["b"]]
+
     async def test_facts_are_in_no_index(self, backend: Backend) -> None:
         fact = found("bookmark", stage="")
         await applied(backend, Commit((append(fact),)))
@@ -549,6 +569,68 @@ class QueueSuite(Suite):
         assert (await self.receive_one(backend)).event.subject == "suite/now"
         await self.elapse(clock, self.LEASE)
         assert "suite/later" in {d.event.subject for d in await self.receive(backend)}
+
+    @pytest.mark.parametrize("steps", [(-3600,), (3600, -3600), (-3600, -3600), (1e8,), (-1.5,)])
+    async def test_a_clock_that_is_set_holds_up_nothing(
+        self, backend: Backend, clock: ManualClock, steps: Sequence[float]
+    ) -> None:
+        await applied(backend, discover(found("held")))
+        await self.receive_one(backend)
+        for step in steps:
+            clock.set(step / 2)
+            await applied(backend, Commit((append(found(f"between{step}{clock.now()}")),)))
+            clock.set(step / 2)
+        at = clock.now()
+        await applied(backend, discover(found("now")), discover(found("later"), delay=self.LEASE))
+        clock.set(-3600)
+        await self.elapse(clock, 2)
+        first = {d.event.subject: d for d in await self.receive(backend)}
+        assert "suite/now" in first, f"it was due at once, at {at}"
+        await self.elapse(clock, self.LEASE)
+        rest = {d.event.subject for d in await self.receive(backend)}
+        assert {"suite/held", "suite/later"} <= rest | set(first)
+
+    async def test_many_bytes_are_received_in_portions(self, backend: Backend, clock: ManualClock) -> None:
+        large = [found(f"u{n}", data="x" * 200_000) for n in range(30)]
+        for event in large:
+            await applied(backend, discover(event), discover(found(f"small{event.subject}", stage="copy")))
+        wanted = {(event.subject, "load") for event in large}
+        wanted |= {(f"suite/small{event.subject}", "copy") for event in large}
+        got: list[tuple[str, str]] = []
+        for _ in range(len(wanted)):
+            some = await self.receive(backend, 100, ("load", "copy"))
+            if not some:
+                break
+            assert all(delivery.head == delivery.event for delivery in some)
+            got += ((delivery.event.subject, delivery.stage) for delivery in some)
+        assert len(got) == len(wanted)
+        assert set(got) == wanted
+
+    async def test_a_commit_that_acks_what_is_not_of_this_backend_is_whole_or_not_there(
+        self, backend: Backend
+    ) -> None:
+        class Foreign:
+            event = head = found("foreign")
+            stage, attempt = "load", 1
+
+            async def ack(self) -> None: ...
+            async def nack(self, *, delay: float = 0) -> None: ...
+            async def extend(self, seconds: float) -> bool:
+                return False
+
+        first, second = found("a"), found("b")
+        works = [discover(first), msgspec.structs.replace(discover(second), ack=Foreign())]
+        try:
+            await backend.commit(works)
+        except Exception:  # noqa: BLE001 - which one is not promised
+            refused = True
+        else:
+            refused = False
+        there = set(await backend.last([first.subject, second.subject]))
+        assert there == (set() if refused else {first.subject, second.subject})
+        assert {d.event.subject for d in await self.receive(backend)} == there
+        tally = (await backend.tally(RUN, 0)).stages
+        assert (tally["load"].found if tally else 0) == len(there)
 
     async def test_a_reminder_of_a_queued_unit_is_dropped(self, backend: Backend, clock: ManualClock) -> None:
         event = found("a")

@@ -23,6 +23,10 @@ class ManualClock:
         """It is `seconds` later."""
         self._seconds += seconds
 
+    def set(self, seconds: float) -> None:
+        """Somebody sets the wall clock forward, or back; the other one goes on as it did."""
+        self._start += timedelta(seconds=seconds)
+
     def now(self) -> datetime:
         return self._start + timedelta(seconds=self._seconds)
 

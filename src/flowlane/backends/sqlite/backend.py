@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from hashlib import blake2b
 from pathlib import Path
+from typing import Final
 from urllib.parse import unquote, urlsplit
 
 import msgspec
@@ -14,15 +15,18 @@ import msgspec
 from flowlane.backends.common import POLL, News, checked
 from flowlane.backends.sqlite.channel import SqliteChannel
 from flowlane.backends.sqlite.group import Prepared, Work, prepare
-from flowlane.backends.sqlite.queue import Ack, Extend, Nack, Purge, Receive, entries
+from flowlane.backends.sqlite.queue import Ack, Extend, Nack, Pace, Purge, Receive, entries
 from flowlane.backends.sqlite.reader import Reader
-from flowlane.backends.sqlite.schema import Settings
+from flowlane.backends.sqlite.schema import Settings, failure
 from flowlane.backends.sqlite.writer import Writer
 from flowlane.clock import Clock
 from flowlane.errors import ConfigError, VersionConflict, redact
 from flowlane.events import Event
 from flowlane.ports import Channel, Commit, Committed, Delivery, Environment, Index
 from flowlane.state import RunTally
+
+# The longest ``busy_timeout``, a day: SQLite's own number of milliseconds ends at 25 of them.
+_LONGEST: Final = 86400
 
 
 class _Delivery(msgspec.Struct, eq=False, gc=False):
@@ -48,12 +52,14 @@ class SqliteBackend:
 
     exact_queue = True  # see ``ports.Backend``
 
-    def __init__(self, clock: Clock, writer: Writer, reader: Reader, news: News) -> None:
+    def __init__(self, path: Path, clock: Clock, writer: Writer, reader: Reader, news: News) -> None:
+        self._path = path
         self._clock = clock
         self.writer = writer
         self._reader = reader
         self._news = news
         self._turn = 0
+        self._pace = Pace()
 
     async def commit(self, work: Sequence[Commit]) -> Sequence[Committed | VersionConflict]:
         prepared: list[Prepared] = []
@@ -101,12 +107,16 @@ class SqliteBackend:
         self._turn = (self._turn + 1) % len(stages)  # another stage comes first each time: none starves
         turned = [*stages[self._turn :], *stages[: self._turn]]
         number = int.from_bytes(blake2b(self._clock.token().encode(), digest_size=7).digest(), "big")
-        answer = await self.writer.submit(Receive(turned, limit, number, lease, self.writer.leave))
-        return [
-            _Delivery(event, stage, attempt, head, (entry, number), self)
-            for stage, _, text in answer
-            for entry, attempt, head, event in entries(text)
-        ]
+        request = Receive(turned, limit, number, lease, self._pace, self.writer.leave)
+        answer = await self.writer.submit(request)
+        try:
+            return [
+                _Delivery(event, stage, attempt, head, (entry, number), self)
+                for stage, _, text in answer
+                for entry, attempt, head, event in entries(text)
+            ]
+        except msgspec.DecodeError as error:
+            raise failure(error, self._path) from None
 
     def channel(self, name: str) -> Channel:
         return SqliteChannel(name, self._clock, self.writer, self._news)
@@ -130,8 +140,11 @@ async def open_backend(
     """
     settings = _settings(uri, synchronous, busy_timeout)
     news = News()
-    async with Writer(settings, environment.clock, news) as writer, Reader(settings) as reader:
-        yield SqliteBackend(environment.clock, writer, reader, news)
+    async with (
+        Writer(settings, environment.clock, news) as writer,
+        Reader(settings, writer.identity) as reader,
+    ):
+        yield SqliteBackend(settings.path, environment.clock, writer, reader, news)
 
 
 def _settings(uri: str, synchronous: str, busy_timeout: str) -> Settings:
@@ -146,5 +159,9 @@ def _settings(uri: str, synchronous: str, busy_timeout: str) -> Settings:
     try:
         seconds = float(busy_timeout)
     except ValueError:
-        raise ConfigError(f"{redact(uri)}: busy_timeout={busy_timeout} is not a number of seconds") from None
-    return Settings(Path(path), synchronous.upper(), seconds)
+        seconds = -1
+    if not 0 <= seconds <= _LONGEST:
+        raise ConfigError(
+            f"{redact(uri)}: busy_timeout={busy_timeout} is not a number of seconds from 0 to {_LONGEST}"
+        )
+    return Settings(Path(path).absolute(), synchronous.upper(), seconds)

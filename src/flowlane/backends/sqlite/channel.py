@@ -23,11 +23,12 @@ _ENDS: Final = """
 SELECT json_group_array(coalesce(
     (SELECT max(position) FROM channel WHERE channel = ? AND partition = value), 0)) FROM json_each(?)
 """
-# The first partition, of those given in order, that has records to hand out and is nobody's.
+# The first partition, of those given in order, that has records to hand out and is nobody's. A hold that ends
+# later than any can is one from before the wall clock was set back.
 _FREE: Final = """
 SELECT p.value, coalesce(c.position, 0) FROM json_each(?3) AS p
 LEFT JOIN consumer AS c ON c.channel = ?1 AND c.consumer = ?2 AND c.partition = p.value
-WHERE (c.owner IS NULL OR c.owner = '' OR c.until <= ?4) AND EXISTS (
+WHERE (c.owner IS NULL OR c.owner = '' OR c.until <= ?4 OR c.until > ?5) AND EXISTS (
     SELECT 1 FROM channel AS r
     WHERE r.channel = ?1 AND r.partition = p.value AND r.position > coalesce(c.position, 0))
 LIMIT 1
@@ -55,6 +56,7 @@ class _Put(Change):
     def __init__(self, channel: str, records: Sequence[ChannelRecord]) -> None:
         self.channel = channel
         self.records = [(partition(record.key), record.key, record.data) for record in records]
+        self.size = sum(len(record.data) for record in records)
 
     def run(self, connection: sqlite3.Connection, now: int) -> None:
         touched = sorted({where for where, _, _ in self.records})
@@ -72,6 +74,7 @@ class _Next:
     seconds another consumer's hold ends; or ``None``."""
 
     wakes = False
+    size = 0
 
     def __init__(self, channel: str, consumer: str, owner: str, limit: int, order: str) -> None:
         self.channel, self.consumer, self.owner = channel, consumer, owner
@@ -92,7 +95,7 @@ class _Next:
 
     def _free(self, connection: sqlite3.Connection, now: int) -> tuple[int, int] | None:
         found: tuple[int, int] | None = connection.execute(
-            _FREE, (self.channel, self.consumer, self.order, now)
+            _FREE, (self.channel, self.consumer, self.order, now, now + int(CHANNEL_LEASE * 1000))
         ).fetchone()
         return found
 

@@ -16,8 +16,9 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from flowlane import state
+from flowlane.backends.sqlite.wall import Wall
 from flowlane.errors import VersionConflict
-from flowlane.events import encode
+from flowlane.events import UNIT_REDRIVEN, encode
 from flowlane.ports import Commit, Committed, Tally
 from flowlane.state import Counts, RunTally, StageTally
 
@@ -64,12 +65,10 @@ def _sql(wide: Wide, size: int) -> str:
 
 
 _LOG: Final = Wide("INSERT INTO log (stream, version, lane, run, event) VALUES ", "(?,?,?,?,?)")
-_LIST: Final = Wide(
-    "INSERT INTO units (stream, lane, state) VALUES ",
-    "(?,?,?)",
-    " ON CONFLICT DO UPDATE SET state = excluded.state WHERE state <> excluded.state",
-)
-_UNLIST: Final = Wide("DELETE FROM units WHERE stream IN (", "?", ")")
+_OPEN: Final = Wide("INSERT INTO open (stream, lane) VALUES ", "(?,?)", " ON CONFLICT DO NOTHING")
+_CLOSE: Final = Wide("DELETE FROM open WHERE stream IN (", "?", ")")
+_BURY: Final = Wide("INSERT INTO dead (stream, lane) VALUES ", "(?,?)", " ON CONFLICT DO NOTHING")
+_REVIVE: Final = "DELETE FROM dead WHERE lane = ? AND stream = ?"
 _PUBLISH: Final = Wide("INSERT INTO queue (stage, due, stream, version, event) VALUES ", "(?,?,?,?,?)")
 _REMIND: Final = (
     "INSERT INTO queue (stage, due, stream, version, event) SELECT ?1, ?2, ?3, ?4, ?5 "
@@ -94,18 +93,21 @@ class Prepared(msgspec.Struct, gc=False):
     heads: list[tuple[str, int, int]]  #: stream, version expected, version afterwards
     log: list[Any]
     units: list[tuple[str, str, str | None]]  #: stream, lane, index
+    revived: list[tuple[str, str]]  #: lane and stream of what is dead no more
     publish: list[tuple[bool, str, int, str, int, str | None]]  #: whether repeated, then as in the queue
     tally: Sequence[Tally]
     ack: tuple[int, int] | None  #: queue id and lease
+    size: int  #: bytes of the events in it
 
 
 class Work:
     """One call of ``Backend.commit``: a request to the writer."""
 
-    __slots__ = ("commits", "wakes")
+    __slots__ = ("commits", "size", "wakes")
 
     def __init__(self, commits: list[Prepared]) -> None:
         self.commits = commits
+        self.size = sum(commit.size for commit in commits)
         self.wakes = any(commit.publish for commit in commits)
 
     def abandoned(self, answer: Any) -> None:
@@ -125,30 +127,40 @@ def prepare(commit: Commit, ack: tuple[int, int] | None) -> Prepared:
     heads: list[tuple[str, int, int]] = []
     log: list[Any] = []
     units: list[tuple[str, str, str | None]] = []
+    revived: list[tuple[str, str]] = []
+    size = 0
     own: set[tuple[str, int]] = set()
     for append in commit.appends:
         for event in append.events:
-            log += (append.stream, event.version, event.source, event.run, encode(event).decode())
+            text = encode(event)
+            size += len(text)
+            log += (append.stream, event.version, event.source, event.run, text.decode())
             own.add((append.stream, event.version))
         last = append.events[-1]
         heads.append((append.stream, append.expected, last.version))
         index = state.index(last)
         if index or append.expected:
             units.append((append.stream, last.source, index))
+            if index == "open" and append.expected and UNIT_REDRIVEN in [e.type for e in append.events]:
+                revived.append((last.source, append.stream))
     rows: list[tuple[bool, str, int, str, int, str | None]] = []
     for publish in commit.publish:
         event = publish.event
-        text = None if (event.subject, event.version) in own else encode(event).decode()
+        copy = None
+        if (event.subject, event.version) not in own:
+            text = encode(event)
+            size += len(text)
+            copy = text.decode()
         rows.append(
-            (publish.repeat, publish.stage, ceil(publish.delay * 1000), event.subject, event.version, text)
+            (publish.repeat, publish.stage, ceil(publish.delay * 1000), event.subject, event.version, copy)
         )
-    return Prepared(heads, log, units, rows, commit.tally, ack)
+    return Prepared(heads, log, units, revived, rows, commit.tally, ack, size)
 
 
 def apply(
-    connection: sqlite3.Connection, group: Sequence[Prepared], now: int
+    connection: sqlite3.Connection, group: Sequence[Prepared], wall: Wall
 ) -> list[Committed | VersionConflict]:
-    """Write `group`, in the transaction that has just begun; one answer for each.
+    """Write `group`, in the transaction that `wall` has just begun; one answer for each.
 
     Optimistic: conflicts are rare, so all is written as if there were none. If there is one, the transaction
     is begun again, the heads are read at once, and the commits that conflict are left out.
@@ -157,13 +169,12 @@ def apply(
     conflicts: dict[int, VersionConflict] = {}
     try:
         _check_chains(connection, group)
-        _write(connection, group, now)
+        _write(connection, group, wall.moment)
     except (sqlite3.IntegrityError, _ConflictError):
-        connection.execute("ROLLBACK")
-        connection.execute("BEGIN IMMEDIATE")
+        wall.again(connection)
         conflicts = _conflicts(connection, group)
         accepted = [commit for n, commit in enumerate(group) if n not in conflicts]
-        _write(connection, accepted, now)
+        _write(connection, accepted, wall.moment)
     complete = _count(connection, accepted)
     return [
         conflicts[n] if n in conflicts else _committed(commit, complete) for n, commit in enumerate(group)
@@ -207,8 +218,10 @@ def _write(connection: sqlite3.Connection, group: Iterable[Prepared], now: int) 
     units: dict[str, tuple[str, str, str | None]] = {}
     acks: list[Any] = []
     publish: list[Any] = []
+    revived: list[tuple[str, str]] = []
     for commit in group:
         log += commit.log
+        revived += commit.revived
         for unit in commit.units:
             units[unit[0]] = unit
         if commit.ack is not None:
@@ -221,9 +234,26 @@ def _write(connection: sqlite3.Connection, group: Iterable[Prepared], now: int) 
             else:
                 publish += (stage, now + delay, stream, version, event)
     _LOG.run(connection, log)
-    _LIST.run(connection, [value for unit in units.values() if unit[2] for value in unit])
-    _UNLIST.run(connection, [stream for stream, _, index in units.values() if not index])
+    if revived:
+        connection.executemany(_REVIVE, revived)
+    _list(connection, units.values())
     _flush(connection, acks, publish, now)
+
+
+def _list(connection: sqlite3.Connection, units: Iterable[tuple[str, str, str | None]]) -> None:
+    opened: list[str] = []
+    closed: list[str] = []
+    dead: list[str] = []
+    for stream, lane, index in units:
+        if index == "open":
+            opened += (stream, lane)
+        else:
+            closed.append(stream)
+            if index:
+                dead += (stream, lane)
+    _OPEN.run(connection, opened)
+    _CLOSE.run(connection, closed)
+    _BURY.run(connection, dead)
 
 
 def _flush(connection: sqlite3.Connection, acks: list[Any], publish: list[Any], now: int) -> None:

@@ -10,8 +10,9 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
+from flowlane import state
 from flowlane.backends.sqlite.group import read_tally
-from flowlane.backends.sqlite.schema import Settings, connect_reader, failure
+from flowlane.backends.sqlite.schema import Identity, Settings, connect_reader, failure
 from flowlane.events import Event
 from flowlane.ports import Index
 from flowlane.state import RunTally
@@ -40,8 +41,9 @@ _SCAN_RUN: Final = _SCAN.replace("lane = ?", "lane = ? AND run = ?")
 _UNITS: Final = """
 SELECT '[' || group_concat(
     (SELECT event FROM log WHERE log.stream = u.stream ORDER BY version DESC LIMIT 1)) || ']', max(stream)
-FROM (SELECT stream FROM units WHERE lane = ? AND state = ? AND stream > ? ORDER BY stream LIMIT ?) AS u
+FROM (SELECT stream FROM {} WHERE lane = ? AND stream > ? ORDER BY stream LIMIT ?) AS u
 """
+_INDEXES: Final[Mapping[Index, str]] = {"open": _UNITS.format("open"), "dead": _UNITS.format("dead")}
 _RUNS: Final = """
 SELECT '[' || group_concat(
     (SELECT event FROM log WHERE log.stream = r.stream ORDER BY version DESC LIMIT 1)) || ']'
@@ -52,8 +54,8 @@ FROM (SELECT stream FROM log WHERE lane = ? AND version = 1 AND stream = run ORD
 class Reader:
     """Reads see every commit that was answered before they began."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, identity: Identity) -> None:
+        self._settings, self._identity = settings, identity
         self._executor = ThreadPoolExecutor(1, "flowlane-sqlite-read")
         self._connection: sqlite3.Connection | None = None
 
@@ -73,7 +75,7 @@ class Reader:
     async def last(self, streams: Sequence[str]) -> Mapping[str, Event]:
         """The last event of each stream that exists."""
         (text,) = await self._row(_LAST, (msgspec.json.encode(streams).decode(),))
-        return {event.subject: event for event in _decode(text)}
+        return {event.subject: event for event in self._decode(text)}
 
     async def read(self, stream: str, after: int) -> AsyncIterator[Event]:
         """The events of `stream` after version `after`."""
@@ -88,13 +90,15 @@ class Reader:
 
     async def units(self, lane: str, index: Index) -> AsyncIterator[Event]:
         """The heads of the streams of `lane` in `index`, in the order of their names."""
-        async for event in self._chunks(_UNITS, (lane, index), ""):
-            yield event
+        async for event in self._chunks(_INDEXES[index], (lane,), ""):
+            # A dead one is struck off when it is redriven; if it goes on in any other way, it is told here.
+            if index == "open" or state.index(event) == index:
+                yield event
 
     async def runs(self, lane: str, limit: int) -> Sequence[Event]:
         """The heads of the last `limit` runs of `lane`, oldest first."""
         (text,) = await self._row(_RUNS, (lane, limit))
-        return _decode(text)[::-1]
+        return self._decode(text)[::-1]
 
     async def tally(self, run: str, round: int) -> RunTally:
         """The counters of one (run, round)."""
@@ -107,7 +111,7 @@ class Reader:
             text, end = await self._row(sql, (*arguments, position, _CHUNK))
             if end is None:
                 return
-            for event in _decode(text):
+            for event in self._decode(text):
                 yield event
             position = end
 
@@ -119,12 +123,15 @@ class Reader:
 
     def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         try:
+            self._identity.check()
             if self._connection is None:
                 self._connection = connect_reader(self._settings)
             return work(self._connection)
         except sqlite3.Error as error:
             raise failure(error, self._settings.path) from None
 
-
-def _decode(text: str | None) -> list[Event]:
-    return [] if text is None else _events.decode(text)
+    def _decode(self, text: str | None) -> list[Event]:
+        try:
+            return [] if text is None else _events.decode(text)
+        except msgspec.DecodeError as error:
+            raise failure(error, self._settings.path) from None

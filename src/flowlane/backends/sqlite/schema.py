@@ -10,6 +10,7 @@ from typing import Final
 
 import msgspec
 
+from flowlane.clock import Clock
 from flowlane.errors import ConfigError, FlowlaneError, Permanent, Retryable
 
 APPLICATION: Final = 0x666C6F77  # "flow"
@@ -24,57 +25,125 @@ UNFIT: Final = (
     sqlite3.DataError,
 )
 
+# How long (seconds) the path is taken to lead to the file still.
+_CHECKED: Final = 0.1
+
 # The log has a rowid and a unique index: clustered by (stream, version) it took 1.6 times as long. ``event``
 # is text, so that a group of rows is one JSON array by concatenation, and the file can be read by people.
+# Units that are owed work and units that are dead have a table each: the first is asked for all the time,
+# and an index over both would cost every unit that comes and goes.
 # A queue entry holds its event only where that is not one of the commit which published it (NULL: the log
 # has it). ``lease`` is unique per receive: rowids are used again, and a stale ack must not delete another
 # entry. ``due`` is when an entry may be received: while it is leased, the end of the lease. Milliseconds on
-# the wall clock: it is the one clock that processes share and that outlives a boot. Where it jumps, leases
-# end early or late; that is all, because what a stage does is fenced by the log and not by its lease.
+# the wall clock: it is the one clock that processes share and that outlives a boot; ``clock`` has where it
+# stood last, and ``wall`` says what becomes of leases and delays when it jumps. What a stage does is fenced
+# by the log and not by its lease.
+# All of it is run at every opening: what a file of an earlier build lacks is made.
 _SCHEMA: Final = """
-CREATE TABLE log (
+CREATE TABLE IF NOT EXISTS log (
     seq INTEGER PRIMARY KEY, stream TEXT NOT NULL, version INTEGER NOT NULL, lane TEXT NOT NULL,
     run TEXT NOT NULL, event TEXT NOT NULL, UNIQUE (stream, version));
-CREATE INDEX log_runs ON log (lane, seq) WHERE version = 1 AND stream = run;
-CREATE TABLE units (stream TEXT PRIMARY KEY, lane TEXT NOT NULL, state TEXT NOT NULL) WITHOUT ROWID;
-CREATE INDEX units_dead ON units (lane, stream) WHERE state = 'dead';
-CREATE TABLE tally (
+CREATE INDEX IF NOT EXISTS log_runs ON log (lane, seq) WHERE version = 1 AND stream = run;
+CREATE TABLE IF NOT EXISTS open (stream TEXT PRIMARY KEY, lane TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS dead (lane TEXT, stream TEXT, PRIMARY KEY (lane, stream)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS tally (
     run TEXT, round INTEGER, stage TEXT, closed INTEGER NOT NULL,
     found INTEGER NOT NULL, settled INTEGER NOT NULL, dead INTEGER NOT NULL, skipped INTEGER NOT NULL,
     superseded INTEGER NOT NULL, redriven INTEGER NOT NULL, records_in INTEGER NOT NULL,
     expanded INTEGER NOT NULL, records_out INTEGER NOT NULL, records_skipped INTEGER NOT NULL,
     quarantined INTEGER NOT NULL, bytes_in INTEGER NOT NULL, bytes_out INTEGER NOT NULL,
     PRIMARY KEY (run, round, stage)) WITHOUT ROWID;
-CREATE TABLE queue (
+CREATE TABLE IF NOT EXISTS queue (
     id INTEGER PRIMARY KEY, stage TEXT NOT NULL, due INTEGER NOT NULL,
     stream TEXT NOT NULL, version INTEGER NOT NULL, attempt INTEGER NOT NULL DEFAULT 0,
     lease INTEGER NOT NULL DEFAULT 0, event TEXT);
-CREATE INDEX queue_due ON queue (stage, due);
-CREATE INDEX queue_stream ON queue (stream);
-CREATE TABLE channel (
+CREATE INDEX IF NOT EXISTS queue_due ON queue (stage, due);
+CREATE INDEX IF NOT EXISTS queue_stream ON queue (stream);
+CREATE TABLE IF NOT EXISTS channel (
     channel TEXT, partition INTEGER, position INTEGER, key TEXT NOT NULL, data BLOB NOT NULL,
     PRIMARY KEY (channel, partition, position)) WITHOUT ROWID;
-CREATE TABLE consumer (
+CREATE TABLE IF NOT EXISTS consumer (
     channel TEXT, consumer TEXT, partition INTEGER, position INTEGER NOT NULL, owner TEXT NOT NULL,
     until INTEGER NOT NULL, PRIMARY KEY (channel, consumer, partition)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS clock (id INTEGER PRIMARY KEY, latest INTEGER NOT NULL);
+INSERT OR IGNORE INTO clock VALUES (1, 0)
+"""
+
+# An earlier build had both kinds of units in one table.
+_SPLIT: Final = """
+INSERT OR IGNORE INTO open SELECT stream, lane FROM units WHERE state = 'open';
+INSERT OR IGNORE INTO dead SELECT lane, stream FROM units WHERE state = 'dead';
+DROP TABLE units
 """
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """How the file is opened; ``busy_timeout`` in seconds."""
+    """How the file is opened: its absolute path, as the process may change its directory; ``busy_timeout`` in
+    seconds."""
 
     path: Path
     synchronous: str = "NORMAL"
     busy_timeout: float = 30.0
 
 
+class Identity:
+    """Which file lay under the path when it was opened.
+
+    SQLite goes on in a file that was removed or replaced, and all that it writes there is lost when the
+    process ends; so whoever uses the file asks here as well. For any thread.
+    """
+
+    def __init__(self, path: Path, clock: Clock) -> None:
+        self._path, self._clock = path, clock
+        self._number: tuple[int, int] | None = None
+        self._number = self._look()
+        self._gone = self._number is None
+        self._checked = clock.monotonic()
+
+    def check(self, *, now: bool = False) -> None:
+        """The file is still there, as of a tenth of a second ago at the earliest, or as of `now`.
+
+        Raises:
+            ConfigError: it is not; from then on, whatever is put under the path.
+        """
+        moment = self._clock.monotonic()
+        if self._gone or now or not self._checked <= moment < self._checked + _CHECKED:
+            self._gone = self._gone or self._look() != self._number
+            if self._gone:
+                raise ConfigError(
+                    f"{self._path}: was removed or replaced while it was in use, what came since is lost: "
+                    "stop all that use it, put it back or restore a backup, and start again"
+                )
+            self._checked = moment
+
+    def _look(self) -> tuple[int, int] | None:
+        try:
+            found = self._path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError:  # that it cannot be looked at now does not mean that it is gone
+            return self._number
+        return found.st_dev, found.st_ino
+
+
+def damaged(path: Path, error: Exception | str) -> ConfigError:
+    """What stands in the file cannot have been written by flowlane."""
+    return ConfigError(f"{path}: {error}: put it aside and restore a backup, or name another file")
+
+
 def failure(error: Exception, path: Path) -> FlowlaneError:
-    """What the sqlite3 module says, as one of flowlane's errors."""
+    """What the sqlite3 module says, as one of flowlane's errors; those that are pass unchanged."""
+    if isinstance(error, FlowlaneError):
+        return error
     if isinstance(error, sqlite3.OperationalError):
+        if str(error).startswith("Could not decode to UTF-8"):  # Python's: it has no code to know it by
+            return damaged(path, "holds text that is not UTF-8")
         # Locked for longer than the busy timeout, disk full, I/O error: another time it may go.
         return Retryable(f"{path}: {error}")
     if type(error) is sqlite3.DatabaseError:
-        return ConfigError(f"{path}: {error}: put it aside and restore a backup, or name another file")
+        return damaged(path, error)
+    if isinstance(error, msgspec.DecodeError):
+        return damaged(path, f"holds an event that cannot be read ({error})")
     if isinstance(error, UNFIT):
         return Permanent(f"{path}: a value does not fit into the file: {error}")
     return Retryable(f"{path}: {type(error).__name__}: {error}")
@@ -95,12 +164,15 @@ def connect(settings: Settings) -> sqlite3.Connection:
         ) from None
     connection: sqlite3.Connection | None = None
     try:
-        connection = _open(settings)
-        _patiently(lambda c=connection: _recognise(c, path), settings.busy_timeout)  # type: ignore[misc]
+        # SQLite shall not wait itself before all is done: where others create or recover the file it does
+        # not, and elsewhere it would begin anew in every statement.
+        connection = _connected(settings, 0)
+        _patiently(lambda c=connection: _prepared(c, settings), settings.busy_timeout)  # type: ignore[misc]
+        connection.execute(f"PRAGMA busy_timeout = {int(settings.busy_timeout * 1000)}")
     except sqlite3.Error as error:
         if connection is not None:
             connection.close()
-        raise _refusal(error, path) from None
+        raise _refusal(error, settings) from None
     except BaseException:
         if connection is not None:
             connection.close()
@@ -110,24 +182,28 @@ def connect(settings: Settings) -> sqlite3.Connection:
 
 def connect_reader(settings: Settings) -> sqlite3.Connection:
     """A connection that cannot write, for any one thread at a time; the file exists."""
-    connection = _open(settings)
+    connection = _connected(settings, settings.busy_timeout)
+    _tune(connection, settings)
     connection.execute("PRAGMA query_only = 1")
     return connection
 
 
-def _open(settings: Settings) -> sqlite3.Connection:
-    connection = sqlite3.connect(
-        settings.path,
-        timeout=settings.busy_timeout,
-        isolation_level=None,
-        check_same_thread=False,
-        cached_statements=256,
+def _connected(settings: Settings, timeout: float) -> sqlite3.Connection:
+    return sqlite3.connect(
+        settings.path, timeout=timeout, isolation_level=None, check_same_thread=False, cached_statements=256
     )
+
+
+def _tune(connection: sqlite3.Connection, settings: Settings) -> None:
     connection.execute(f"PRAGMA synchronous = {settings.synchronous}")
     connection.execute("PRAGMA wal_autocheckpoint = 4000")
     connection.execute("PRAGMA cache_size = -32000")
     connection.execute("PRAGMA temp_store = MEMORY")
-    return connection
+
+
+def _prepared(connection: sqlite3.Connection, settings: Settings) -> None:
+    _tune(connection, settings)
+    _recognise(connection, settings.path)
 
 
 def _recognise(connection: sqlite3.Connection, path: Path) -> None:
@@ -138,9 +214,13 @@ def _recognise(connection: sqlite3.Connection, path: Path) -> None:
             raise ConfigError(f"{path}: no write-ahead log is possible there: name a file on a local disk")
     connection.execute("BEGIN IMMEDIATE")  # even if there is nothing to create: proves that we may write
     try:
-        if not _is_ours(connection, path):  # another process may have been faster
-            for statement in _SCHEMA.split(";"):
+        ours = _is_ours(connection, path)  # another process may have been faster
+        for statement in _SCHEMA.split(";"):
+            connection.execute(statement)
+        if ours and connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'units'").fetchone():
+            for statement in _SPLIT.split(";"):
                 connection.execute(statement)
+        if not ours:
             connection.execute(f"PRAGMA application_id = {APPLICATION}")
             connection.execute(f"PRAGMA user_version = {VERSION}")
         connection.execute("COMMIT")
@@ -167,25 +247,35 @@ def _is_ours(connection: sqlite3.Connection, path: Path) -> bool:
 
 
 def _patiently(step: Callable[[], None], seconds: float) -> None:
-    """`step`, again and again while other processes create or recover the same file: SQLite does not wait
-    for those by itself."""
+    """`step`, again and again while other processes write, create or recover the same file."""
     pause = threading.Event()
-    for left in range(int(seconds / 0.05), -1, -1):
+    for left in range(int(seconds / 0.01), -1, -1):
         try:
             step()
             return
         except sqlite3.OperationalError as error:
-            if not left or error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            if not left or not _is_locked(error):
                 raise
-        pause.wait(0.05)
+        pause.wait(0.01)
 
 
-def _refusal(error: sqlite3.Error, path: Path) -> ConfigError:
+def _is_locked(error: sqlite3.Error) -> bool:
+    code: int = getattr(error, "sqlite_errorcode", 0)
+    return code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+def _refusal(error: sqlite3.Error, settings: Settings) -> ConfigError:
+    path = settings.path
     if path.is_dir():
         return ConfigError(f"{path}: is a directory: name a file in it")
     if type(error) is sqlite3.DatabaseError:
         return ConfigError(
             f"{path}: is not a database, or damaged ({error}): restore a backup or name another file"
+        )
+    if _is_locked(error):
+        return ConfigError(
+            f"{path}: another process has held its lock for {settings.busy_timeout:g} s: "
+            "end that process, or wait longer with busy_timeout=SECONDS"
         )
     return ConfigError(
         f"{path}: cannot be opened for writing ({error}): check its permissions or name another file"

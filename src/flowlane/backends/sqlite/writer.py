@@ -11,12 +11,15 @@ from queue import Empty, SimpleQueue
 from typing import Any, Final, Protocol
 
 from flowlane.backends.sqlite.group import Work, apply
-from flowlane.backends.sqlite.schema import UNFIT, Settings, connect, failure
+from flowlane.backends.sqlite.schema import UNFIT, Identity, Settings, connect, failure
+from flowlane.backends.sqlite.wall import Wall
 from flowlane.clock import Clock
 from flowlane.errors import Retryable
 
-# A transaction takes up at most this many requests, so that its pages stay in the cache.
+# A transaction takes up at most this many requests, and no more once they write so many bytes, so that its
+# pages stay in the cache.
 _GROUP: Final = 1000
+_BYTES: Final = 8 << 20
 
 
 #: What ``Request.peek`` says when it must be run.
@@ -25,6 +28,11 @@ WRITE: Final = object()
 
 class Request(Protocol):
     """Something that wants to be done in the writer's thread; ``Work``, the commits, are done before it."""
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it writes."""
+        ...
 
     @property
     def wakes(self) -> bool:
@@ -63,6 +71,8 @@ class Writer:
 
     def __init__(self, settings: Settings, clock: Clock, news: Callable[[], None]) -> None:
         self._settings, self._clock, self._news = settings, clock, news
+        self._wall = Wall(clock)
+        self._connection: sqlite3.Connection | None = None
         self._requests: SimpleQueue[_Pending | None] = SimpleQueue()
         self._closed = False
 
@@ -89,7 +99,7 @@ class Writer:
 
         Raises:
             Retryable: the file could not be written, or the backend is closed.
-            ConfigError: the file is damaged.
+            ConfigError: the file is damaged, or was removed or replaced.
         """
         future = self.post(request)
         try:
@@ -117,7 +127,8 @@ class Writer:
 
     def _work(self) -> None:
         try:
-            connection = connect(self._settings)
+            self._connection = connect(self._settings)
+            self.identity = Identity(self._settings.path, self._clock)
         except Exception as error:  # noqa: BLE001 - whatever it is, who opens the backend is told
             self._call(self._fail_opening, error)
             return
@@ -126,9 +137,9 @@ class Writer:
         while not last:
             group, last = self._drain()
             if group:
-                self._attend(connection, group)
+                self._attend(group)
                 self._call(self._answer, group)
-        connection.close()
+        self._disconnect()
         self._call(self._ended.set_result, None)
 
     def _call(self, function: Callable[..., object], *arguments: object) -> None:
@@ -137,34 +148,57 @@ class Writer:
 
     def _drain(self) -> tuple[list[_Pending], bool]:
         group: list[_Pending] = []
+        size = 0
         pending = self._requests.get()
         try:
             while pending is not None:
                 group.append(pending)
-                if len(group) == _GROUP:
+                size += pending.request.size
+                if len(group) == _GROUP or size >= _BYTES:
                     return group, False
                 pending = self._requests.get_nowait()
         except Empty:
             return group, False
         return group, True
 
-    def _attend(self, connection: sqlite3.Connection, group: Sequence[_Pending]) -> None:
+    def _attend(self, group: Sequence[_Pending]) -> None:
         """Answer or error in each of `group`; what it wanted is committed, or nothing of it is."""
         try:
-            self._transact(connection, group)
+            self.identity.check()
+            self._transact(self._connected(), group)
+            self.identity.check()  # the lock may have been long in coming
         except Exception as error:  # noqa: BLE001 - the thread must live, and the caller be told
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
+            self._roll_back()
             if len(group) > 1 and isinstance(error, UNFIT):
                 # The fault of one request shall be the failure of one.
                 for pending in group:
-                    self._attend(connection, [pending])
+                    self._attend([pending])
                 return
             for pending in group:
                 pending.error = failure(error, self._settings.path)
 
+    def _connected(self) -> sqlite3.Connection:
+        if self._connection is None:
+            self.identity.check(now=True)  # for it would be created anew
+            self._connection = connect(self._settings)
+        return self._connection
+
+    def _roll_back(self) -> None:
+        connection = self._connection
+        if connection is not None and connection.in_transaction:
+            try:
+                connection.execute("ROLLBACK")
+            except sqlite3.Error:
+                # Whatever it is in the middle of ends with it; the next request is for a new one.
+                self._disconnect()
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(sqlite3.Error):
+                connection.close()
+
     def _transact(self, connection: sqlite3.Connection, group: Sequence[_Pending]) -> None:
-        now = milliseconds(self._clock)
         works: list[tuple[_Pending, Work]] = []
         others: list[tuple[_Pending, Request]] = []
         for pending in group:
@@ -173,19 +207,22 @@ class Writer:
             else:
                 others.append((pending, pending.request))
         if not works:
-            peeked = [request.peek(connection, now) for _, request in others]
-            if WRITE not in peeked:
-                for (pending, _), answer in zip(others, peeked, strict=True):
-                    pending.answer = answer
-                return
-        connection.execute("BEGIN IMMEDIATE")
+            now = self._wall.now()
+            if not self._wall.behind(connection, now):
+                peeked = [request.peek(connection, now) for _, request in others]
+                if WRITE not in peeked:
+                    for (pending, _), answer in zip(others, peeked, strict=True):
+                        pending.answer = answer
+                    return
+        self._wall.begin(connection)
         if works:
-            answers = iter(apply(connection, [commit for _, work in works for commit in work.commits], now))
+            commits = [commit for _, work in works for commit in work.commits]
+            answers = iter(apply(connection, commits, self._wall))
             for pending, work in works:
                 pending.answer = [next(answers) for _ in work.commits]
         for pending, request in others:
-            pending.answer = request.run(connection, now)
-        connection.execute("COMMIT")
+            pending.answer = request.run(connection, self._wall.moment)
+        self._wall.commit(connection)
 
     # ----------------------------------------------------------------- on the loop
 
@@ -206,8 +243,3 @@ class Writer:
             wakes = wakes or pending.request.wakes
         if wakes:
             self._news()
-
-
-def milliseconds(clock: Clock) -> int:
-    """The wall clock as the file has it: see ``schema``."""
-    return int(clock.now().timestamp() * 1000)
