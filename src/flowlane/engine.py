@@ -260,10 +260,7 @@ class Engine:
             attempt.outcome = "settled"
             self.committer.submit(attempt.conclude(attempt.kind), attempt)
             return attempt
-        except SystemExit as error:  # of one unit's code: no reason for all the others to end
-            said = f"stage {handling.name} called sys.exit({error.code!r}) in the middle of its work"
-            return await self.fail(attempt, Permanent(f"{said}: raise Permanent(...) there"))
-        except Exception as error:  # noqa: BLE001  # a stage may raise anything; classified there
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # a stage may raise anything; see ``leaf``
             if slot.attempt is None and not isinstance(error, Permanent | ConfigError | Fenced):
                 # Log or queue are away. Nothing was attempted, so nothing failed: the lease runs out.
                 logger.warning("%s is left for later: %s", head.subject, describe(error))
@@ -461,6 +458,9 @@ def leaf(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         known = [found for kind in _DECISIVE if (found := error.subgroup(kind)) is not None]
         error = (known[0] if known else error).exceptions[0]
+    if isinstance(error, SystemExit):  # of one unit's code: no reason for all the others to end
+        said = f"the stage called sys.exit({error.code!r}) in the middle of its work"
+        return Permanent(f"{said}: raise Permanent(...) there")
     return error
 
 

@@ -219,8 +219,8 @@ def test_code_that_ends_the_process_is_one_line_and_exit_1(
     said = "called sys.exit(5) in the middle of its work: raise Permanent(...) there"
     found = document(verb, "toy.py", "--backend", "memory://", code=1)
     if verb == "run":  # the discovery's own end, as if it had raised that
-        assert f"discovery died: stage find {said}" in result.stdout
-        assert f"stage find {said}" in found["reason"]
+        assert f"discovery died: the stage {said}" in result.stdout
+        assert f"the stage {said}" in found["reason"]
     else:
         assert result.stderr.startswith(f"flowlane: the lane's code {said}")
         assert result.stderr.count("\n") == 1

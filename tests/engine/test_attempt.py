@@ -279,7 +279,7 @@ async def test_a_stage_that_ends_the_process_has_failed(bench: Bench) -> None:
         sys.exit(3)
 
     report = await bench.run(lane_of(load, units=[Thing(n=1), Thing(n=2)]))
-    said = "stage load called sys.exit(3) in the middle of its work: raise Permanent(...) there"
+    said = "the stage called sys.exit(3) in the middle of its work: raise Permanent(...) there"
     assert [dead["reason"] for dead in report.dead] == [said] * 2
 
 
