@@ -7,42 +7,74 @@ the commit's answer demands (a conflict, the end of a run) is seen to by a resol
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from flowlane.errors import Permanent, VersionConflict
+from flowlane.deadline import Deadline
+from flowlane.errors import Permanent, Retryable, VersionConflict
 from flowlane.ports import Commit, Committed, Delivery
 
 if TYPE_CHECKING:
     from flowlane.attempt import Attempt, Outcome
     from flowlane.engine import Engine
 
+logger = logging.getLogger("flowlane")
+
 Answer = Committed | VersionConflict | BaseException
 
 #: Commits in one group, at most: enough to amortise a transaction, little enough to keep it short.
 GROUP = 512
+#: Appends in one group, at most (and one commit more): units with many children make long transactions.
+_APPENDS = 512
 _RESOLVERS = 4
+
+
+def ordinary(error: BaseException) -> Exception:
+    """`error`, caught by a long-lived task, as one to go on from. A ``CancelledError`` that nobody sent to
+    this task is such an error: a library cancelled something that was awaited in here.
+
+    Raises:
+        CancelledError: this task is to end.
+    """
+    if isinstance(error, Exception):
+        return error
+    task = asyncio.current_task()
+    if not isinstance(error, asyncio.CancelledError) or task is None or task.cancelling():
+        raise error
+    return Retryable("it was cancelled from within: something that it awaited was, by a library or a driver")
+
+
+async def lasting(work: Awaitable[None]) -> None:
+    """A group's long-lived task: where it ends as cancelled though nobody cancelled it, it fails the group,
+    which would go on without it."""
+    try:
+        await work
+    except asyncio.CancelledError as error:
+        raise ordinary(error) from None
 
 
 class Committer:
     """Commits in groups while its context is open, one by one otherwise.
 
-    Leaving the context waits until all that was handed in is through; ``on_ended`` is told of every
-    delivery whose last commit is, and what became of it.
+    Leaving the context waits until all that was handed in is through, as long as ``deadline`` leaves time;
+    ``on_ended`` is told of every delivery whose last commit is, and what became of it. What is not through is
+    "released": its lease runs out.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._work: deque[tuple[Commit, Attempt | asyncio.Future[Committed | VersionConflict]]] = deque()
-        self._open_ends: asyncio.Queue[tuple[Commit, Attempt, Answer] | None] = asyncio.Queue()
-        self._unresolved = 0
+        self._open_ends: asyncio.Queue[tuple[Commit, Attempt, Answer]] = asyncio.Queue()
+        self._unresolved = 0  # taken from `_work`, and not through
         self._wake: asyncio.Future[None] | None = None
-        self._closing = False
+        self._idle: asyncio.Future[None] | None = None  # once closing: done when all is through
         self._open = False
         self._stack = AsyncExitStack()
+        self.deadline = Deadline()
         self.on_ended: Callable[[Delivery, Outcome], None] = lambda delivery, outcome: None
 
     async def __aenter__(self) -> Committer:
@@ -56,28 +88,55 @@ class Committer:
 
     @asynccontextmanager
     async def _opened(self) -> AsyncIterator[None]:
-        self._closing = False
+        self._unresolved, self._idle = 0, None
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._run(), name="flowlane-committer")
-                for _ in range(_RESOLVERS):
-                    tasks.create_task(self._resolve(), name="flowlane-resolver")
+                work = [self._run(), *(self._resolve() for _ in range(_RESOLVERS))]
+                own = [tasks.create_task(lasting(each), name="flowlane-committer") for each in work]
                 self._open = True
                 yield
-                await self.drain()
-                self._closing = True
-                self._kick()
-                for _ in range(_RESOLVERS):
-                    self._open_ends.put_nowait(None)
+                self._idle = asyncio.get_running_loop().create_future()
+                self._through(0)
+                await self.deadline.wait(self._engine.clock, [self._idle])
+                for task in own:
+                    task.cancel()
         finally:
             self._open = False
+            self._let_go()
 
-    async def drain(self) -> None:
-        """Return once everything handed in is committed and resolved."""
-        while self._work or self._unresolved:
-            with suppress(Exception):  # the log is away: each attempt's resolver sees to its own
-                await self.commit(Commit())
-            await self._open_ends.join()
+    def _through(self, count: int) -> None:
+        self._unresolved -= count
+        if self._idle is not None and not (self._unresolved or self._work or self._idle.done()):
+            self._idle.set_result(None)
+
+    def _let_go(self) -> None:
+        """Nobody waits any longer for what is not through."""
+        away = Retryable("the process ended before the log answered")
+        while self._work:
+            commit, who = self._work.popleft()
+            if not isinstance(who, asyncio.Future):
+                self._open_ends.put_nowait((commit, who, away))
+            elif not who.done():
+                who.set_exception(away)
+                who.exception()  # that nobody asks for it any more is no complaint
+        self._release_waiting()
+
+    def _release_waiting(self) -> None:
+        left = self._open_ends.qsize()
+        for _ in range(left):
+            _, attempt, _ = self._open_ends.get_nowait()
+            attempt.outcome = "released"
+            self._ended(attempt)
+        if left:
+            logger.warning(
+                "the ends of %d units are not logged, the log does not answer: they come again when their "
+                "leases run out",
+                left,
+            )
+
+    def _ended(self, attempt: Attempt) -> None:
+        self.on_ended(attempt.delivery, attempt.outcome)
+        self._through(1)
 
     def submit(self, commit: Commit, attempt: Attempt) -> None:
         """Hand in an attempt's last commit."""
@@ -111,41 +170,55 @@ class Committer:
         loop = asyncio.get_running_loop()
         while True:
             if not self._work:
-                if self._closing:
-                    return
                 self._wake = wake = loop.create_future()
                 try:
                     await wake
                 finally:
                     self._wake = None
                 continue
-            if len(self._work) <= GROUP:
-                group = list(self._work)
-                self._work.clear()
-            else:
-                group = [self._work.popleft() for _ in range(GROUP)]
+            group = self._take()
+            self._unresolved += len(group)
             answers: list[Answer] | tuple[Answer, ...]
             try:
-                answers = list(await self._engine.backend.commit([commit for commit, _ in group]))
-            except Permanent:
-                answers = [await self._alone(commit) for commit, _ in group]
-            except Exception as error:  # noqa: BLE001  # each one's own to find out what became of it
-                answers = [error] * len(group)
+                try:
+                    answers = list(await self._engine.backend.commit([commit for commit, _ in group]))
+                except Permanent:
+                    answers = [await self._alone(commit) for commit, _ in group]
+                except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # each one's own to find out what became of it
+                    answers = [ordinary(error)] * len(group)
+            except asyncio.CancelledError:
+                self._work.extendleft(reversed(group))  # for `_let_go`
+                raise
             self._hand_out(group, answers)
+            if self._work:
+                await self._engine.clock.sleep(0)  # a backend in memory answers without giving way
+
+    def _take(self) -> list[tuple[Commit, Attempt | asyncio.Future[Committed | VersionConflict]]]:
+        work = self._work
+        if len(work) <= GROUP and sum([len(commit.appends) for commit, _ in work]) <= _APPENDS:
+            group = list(work)
+            work.clear()
+            return group
+        group, appends = [], 0
+        while work and len(group) < GROUP and appends < _APPENDS:
+            group.append(work.popleft())
+            appends += len(group[-1][0].appends)
+        return group
 
     async def _alone(self, commit: Commit) -> Answer:
         """The answer to one commit of a group that was refused for good and not applied: for what is wrong
         with one of them the others are not to blame."""
         try:
             return (await self._engine.backend.commit([commit]))[0]
-        except Exception as error:  # noqa: BLE001  # as above
-            return error
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # as above
+            return ordinary(error)
 
     def _hand_out(
         self,
         group: list[tuple[Commit, Attempt | asyncio.Future[Committed | VersionConflict]]],
         answers: list[Answer],
     ) -> None:
+        resolving = 0
         for (commit, who), answer in zip(group, answers, strict=True):
             if isinstance(who, asyncio.Future):
                 if who.done():
@@ -157,16 +230,21 @@ class Committer:
             elif type(answer) is Committed and answer.tally is not None and not answer.tally:
                 self.on_ended(who.delivery, who.outcome)
             else:
-                self._unresolved += 1
+                resolving += 1
                 self._open_ends.put_nowait((commit, who, answer))
+        self._through(len(group) - resolving)
 
     async def _resolve(self) -> None:
-        while (work := await self._open_ends.get()) is not None:
-            commit, attempt, answer = work
+        while True:
+            commit, attempt, answer = await self._open_ends.get()
             try:
                 await self._engine.resolve(commit, attempt, answer)
-                self.on_ended(attempt.delivery, attempt.outcome)
-            finally:
-                self._unresolved -= 1
-                self._open_ends.task_done()
-        self._open_ends.task_done()
+            except asyncio.CancelledError as error:
+                attempt.outcome = "released"
+                self._ended(attempt)
+                ordinary(error)
+            else:
+                self._ended(attempt)
+            if self._idle is not None and attempt.outcome == "released":
+                # The log is away and this process about to end: the others would hear the same, only later.
+                self._release_waiting()

@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
 
 from flowlane.attempt import Attempt, Outcome
+from flowlane.committer import lasting, ordinary
 from flowlane.deadline import Deadline, Interrupted
 from flowlane.engine import Engine, describe
-from flowlane.errors import Fenced, Retryable
+from flowlane.errors import ConfigError, Fenced, Retryable
 from flowlane.handling import Handling
 from flowlane.ports import Delivery
 
@@ -26,12 +27,19 @@ logger = logging.getLogger("flowlane")
 PREFETCH = 512
 HORIZON = 0.25
 _POLL = 5.0
+#: Seconds after which what goes on though it was cancelled is cancelled once more, and after which its lease
+#: is no longer kept.
+AGAIN = 5.0
+PATIENCE = 20.0
+#: Seconds after which slots look whether the loop has turned, and after as many more wait until it has.
+_TURN = 0.0025
 
 
 class Slot:
-    """One of a stage's long-lived tasks: what it works on, since when, and why it was interrupted."""
+    """One of a stage's long-lived tasks: what it works on, since when, and why and when it was interrupted
+    (and last told so)."""
 
-    __slots__ = ("attempt", "began", "delivery", "task", "why")
+    __slots__ = ("attempt", "began", "delivery", "since", "task", "told", "why")
 
     def __init__(self) -> None:
         self.task: asyncio.Task[None] | None = None
@@ -39,12 +47,18 @@ class Slot:
         self.attempt: Attempt | None = None
         self.began = 0.0
         self.why: BaseException | None = None
+        self.since = self.told = 0.0
 
-    def interrupt(self, why: BaseException) -> None:
-        """Cancel what the slot is doing; it goes on with `why` as the attempt's end."""
-        if self.why is None and self.task is not None:
-            self.why = why
-            self.task.cancel()
+    def interrupt(self, why: BaseException, now: float) -> None:
+        """Cancel what the slot is doing; it goes on with `why` as the attempt's end. Asked for again, cancel
+        again after a while: a clean-up may hang, too."""
+        assert self.task is not None
+        if self.why is None:
+            self.why, self.since = why, now
+        elif now - self.told < AGAIN:
+            return
+        self.told = now
+        self.task.cancel()
 
 
 class _Station:
@@ -59,16 +73,17 @@ class _Station:
         self.buffer: deque[Delivery] = deque()
         self.idle: deque[asyncio.Future[None]] = deque()
         self.slots = [Slot() for _ in range(self.concurrency)]
-        self.held: dict[Delivery, float] = {}  # since when
+        self.held: dict[int, tuple[Delivery, float]] = {}  # by its id: a delivery, and its lease since when
         self.target = self.concurrency
         self.room: asyncio.Future[None] | None = None
+        self.renewal: asyncio.Task[None] | None = None
         self.settled = 0
         self.since = 0.0
 
     def feed(self, deliveries: Sequence[Delivery], now: float) -> None:
         """Put deliveries into the buffer and wake as many slots."""
         for delivery in deliveries:
-            self.held[delivery] = now
+            self.held[id(delivery)] = (delivery, now)
         self.buffer.extend(deliveries)
         for _ in range(min(len(self.idle), len(deliveries))):
             waiting = self.idle.popleft()
@@ -77,7 +92,7 @@ class _Station:
 
     def release(self, delivery: Delivery) -> None:
         """The delivery is settled, one way or the other: there is room for another."""
-        if self.held.pop(delivery, None) is not None:
+        if self.held.pop(id(delivery), None) is not None:
             self.settled += 1
         room = self.room
         if room is not None and not room.done() and len(self.held) * 2 <= self.target:
@@ -94,8 +109,8 @@ class Pump:
     """Handles deliveries while its context is open; ``receiving`` ones of its own, or only those it is asked
     to ``handle``; of all stages, or of the one named `only`.
 
-    Leaving the context waits for what runs (up to the deadline), gives back what was not begun, and waits for
-    the last commits.
+    Leaving the context waits for what runs, gives back what was not begun, and waits for the last commits,
+    all of it only as long as the deadline leaves time.
     """
 
     def __init__(self, engine: Engine, deadline: Deadline, *, receiving: bool = True, only: str = "") -> None:
@@ -110,8 +125,12 @@ class Pump:
         }
         self._stack = AsyncExitStack()
         self._receivers: list[asyncio.Task[None]] = []
-        self._slots: list[asyncio.Task[None]] = []
         self._closing = False
+        self._told: asyncio.Future[None] | None = None  # done once closing
+        self._left = False  # the slots are cancelled for good
+        self._waiting: deque[asyncio.Future[None]] = deque()  # slots that give way, in order
+        self._turning = False  # the loop was asked to turn
+        self._turn_ends = 0.0
 
     async def __aenter__(self) -> Pump:
         await self._stack.enter_async_context(self._open())
@@ -125,43 +144,89 @@ class Pump:
     @asynccontextmanager
     async def _open(self) -> AsyncIterator[None]:
         committer = self.engine.committer
-        committer.on_ended = self._ended
+        committer.on_ended, committer.deadline = self._ended, self.deadline
         async with committer, asyncio.TaskGroup() as tasks:
+            keeper = tasks.create_task(self._keep_slots(), name="flowlane-slots")
             for station in self._stations.values():
-                for slot in station.slots:
-                    slot.task = tasks.create_task(self._work(station, slot), name=f"slot {station.queue}")
-                    self._slots.append(slot.task)
                 if self._receiving:
-                    receive = self._receive(station)
+                    receive = lasting(self._receive(station))
                     self._receivers.append(tasks.create_task(receive, name=f"receive {station.queue}"))
-            watch = tasks.create_task(self._watch(), name="flowlane-watch")
+            watch = tasks.create_task(lasting(self._watch()), name="flowlane-watch")
             try:
                 yield
-                await self._close()
+                returning = tasks.create_task(self._close(), name="flowlane-return")
+                await asyncio.wait([keeper])
+                if not await self.deadline.wait(self.engine.clock, [returning]):
+                    returning.cancel()  # the queue is away; their leases run out
             finally:
                 for task in (watch, *self._receivers):
                     task.cancel()
 
     async def _close(self) -> None:
+        """Take nothing more, and give back what is not begun."""
         self._closing = True
+        if self._told is not None:
+            self._told.set_result(None)
+        unbegun: list[Delivery] = []
         for task in self._receivers:
             task.cancel()
         for station in self._stations.values():
-            while station.buffer and self._receiving:
-                delivery = station.buffer.popleft()
-                await self._give_back(delivery)
-                station.release(delivery)
+            if self._receiving:
+                unbegun.extend(station.buffer)
+                station.buffer.clear()
             while station.idle:
                 waiting = station.idle.popleft()
                 if not waiting.done():
                     waiting.set_result(None)
-        if self._slots:
-            await asyncio.wait(self._slots)
+        for delivery in unbegun:
+            self._stations[delivery.stage].release(delivery)
+        await asyncio.gather(*map(self._give_back, unbegun))
+
+    async def _keep_slots(self) -> None:
+        """Own the slots until all have ended, or without those that have not when the deadline has come. They
+        are no children of a group, which would wait for a handler that does not end, whatever the time."""
+        clock = self.engine.clock
+        slots: dict[asyncio.Task[None], Slot] = {}
+        for station in self._stations.values():
+            for slot in station.slots:
+                slot.task = asyncio.create_task(self._work(station, slot), name=f"slot {station.queue}")
+                slots[slot.task] = slot
+        if not slots:
+            return
+        self._told = asyncio.get_running_loop().create_future()
+        try:
+            await asyncio.wait([*slots, self._told], return_when=asyncio.FIRST_COMPLETED)
+            if self._closing:
+                await self.deadline.wait(clock, slots)
+            for task in slots:
+                if task.done() and (error := _failure(task)) is not None:
+                    raise error
+            if not self._closing:
+                raise RuntimeError("a slot ended though nothing told it to: please report this")
+        finally:
+            self._left = True
+            for task in slots:
+                task.cancel()
+                task.add_done_callback(_failure)  # whatever it is: nobody asks for it any more
+            await asyncio.wait(slots, timeout=min(AGAIN, max(0.05, self.deadline.rest(clock.monotonic()))))
+            self._leave([slot for task, slot in slots.items() if not task.done()])
+
+    def _leave(self, slots: Iterable[Slot]) -> None:
+        for slot in slots:
+            if slot.attempt is not None:
+                slot.attempt.lost = True  # should it ever go on, it may log nothing
+            if slot.delivery is not None:
+                logger.warning(
+                    "%s: its handler does not end though it was cancelled, and is left behind; the unit "
+                    "comes again when its lease runs out: see that the handler's clean-up ends",
+                    slot.delivery.event.subject,
+                )
 
     # ------------------------------------------------------------------ feeding
 
     async def handle(self, delivery: Delivery) -> Outcome:
-        """Handle `delivery`; what became of it, once its last commit is through."""
+        """Handle `delivery`; what became of it, once its last commit is through. "released" if that is not
+        known when the deadline leaves no more time."""
         station = self._stations.get(delivery.stage)
         if station is None:
             return "failed"
@@ -169,7 +234,7 @@ class Pump:
         self._awaited[id(delivery)] = ended
         try:
             station.feed([delivery], self.engine.clock.monotonic())
-            return await ended
+            return ended.result() if await self.deadline.wait(self.engine.clock, [ended]) else "released"
         finally:
             del self._awaited[id(delivery)]
 
@@ -206,9 +271,11 @@ class Pump:
                 got = await self.engine.backend.receive(
                     [station.queue], room, lease=station.lease, wait=_POLL
                 )
-            except Exception as error:  # noqa: BLE001  # the queue is away: wait, with jitter, and ask again
+            except ConfigError:  # the backend will never answer again: nothing is to be waited for
+                raise
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # the queue is away: wait, with jitter, and ask again
                 failures += 1
-                logger.warning("queue %s does not answer: %s", station.queue, describe(error))
+                logger.warning("queue %s does not answer: %s", station.queue, describe(ordinary(error)))
                 await clock.sleep(min(30.0, 0.1 * 2**failures) * (0.5 + clock.random() / 2))
                 continue
             failures = 0
@@ -229,55 +296,90 @@ class Pump:
                 station.idle.append(waiting)
                 await waiting
                 continue
-            delivery = buffer.popleft()
-            slot.began = clock.monotonic()
-            if self.deadline.near(slot.began):
-                await self._give_back(delivery)
-                self._ended(delivery, "released")
+            began = clock.monotonic()
+            if began >= self._turn_ends and (going := self._give_way(began)) is not None:
+                await going
                 continue
-            slot.delivery = delivery
-            result: Attempt | Outcome
+            delivery = buffer.popleft()
+            slot.began = began
+            result: Attempt | Outcome = "released"
             try:
-                result = await self.engine.process(delivery, self.deadline, slot)
+                if self.deadline.near(began):
+                    await self._give_back(delivery)
+                else:
+                    slot.delivery = delivery
+                    result = await self.engine.process(delivery, self.deadline, slot)
             except asyncio.CancelledError:
-                result = await self._interrupted(slot, delivery)
+                result = await self._cancelled(slot, delivery)
             except Exception:  # noqa: BLE001  # the log or the queue is away; the lease will run out
                 result = "released"
             if slot.why is not None:
-                await self._absorb(slot)
+                self._take_back(slot)  # the attempt may have ended all the same: the next is not meant
+                slot.why = None
             slot.delivery = None
             slot.attempt = None
             if type(result) is str:
                 self._ended(delivery, result)
 
+    def _give_way(self, now: float) -> asyncio.Future[None] | None:
+        """Let the loop turn: handlers that wait for nothing would keep everybody else from it. What a slot is
+        to wait for before it goes on: nothing, as long as it may be that the loop turns by itself."""
+        loop = asyncio.get_running_loop()
+        if self._turning:
+            going: asyncio.Future[None] = loop.create_future()
+            self._waiting.append(going)
+            return going
+        self._turning = True
+        self._turn_ends = now + _TURN
+        loop.call_soon(self._turn)
+        return None
+
+    def _turn(self) -> None:
+        """The loop has turned: those that gave way go on, one at a time while turns are long."""
+        now = self.engine.clock.monotonic()
+        most = len(self._waiting) if now < self._turn_ends else 1
+        self._turn_ends = now + _TURN
+        while self._waiting and most > 0:
+            going = self._waiting.popleft()
+            most -= 1
+            if not going.done():
+                going.set_result(None)
+        self._turning = bool(self._waiting)
+        if self._turning:
+            asyncio.get_running_loop().call_soon(self._turn)
+
     async def _give_back(self, delivery: Delivery) -> None:
-        with suppress(Exception):  # the queue is away; the lease will run out
-            await delivery.nack()
-
-    async def _interrupted(self, slot: Slot, delivery: Delivery) -> Attempt | Outcome:
-        why, task = slot.why, slot.task
-        if why is None or task is None:
-            raise asyncio.CancelledError
-        if task.uncancel() > 0:
-            raise asyncio.CancelledError
         try:
-            if slot.attempt is None:
-                await self._give_back(delivery)
-                return "released"
-            return await self.engine.fail(slot.attempt, why)
-        except Exception:  # noqa: BLE001  # the log is away; the lease will run out
-            return "released"
-        finally:
-            slot.why = None  # only now: a second interruption would hit what sees to the first
+            await delivery.nack()
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # the queue is away; the lease will run out
+            ordinary(error)
 
-    async def _absorb(self, slot: Slot) -> None:
-        """Take the cancellation that came when the attempt had just ended: it is not meant for the next."""
+    def _take_back(self, slot: Slot) -> None:
+        """The slot heeds its cancellation, whoever it came from, and goes on; unless it is to end."""
         assert slot.task is not None
-        with suppress(asyncio.CancelledError):
-            await self.engine.clock.sleep(0)
-        slot.why = None
-        if slot.task.uncancel() > 0:
+        if self._left:
             raise asyncio.CancelledError
+        while slot.task.uncancel():
+            pass
+
+    async def _cancelled(self, slot: Slot, delivery: Delivery) -> Attempt | Outcome:
+        """What becomes of a delivery whose handling ended as cancelled: by the watch, which says why, or by
+        nobody here. A handler that awaits what a library cancelled ends like that."""
+        why = slot.why or Retryable(
+            "the handler was cancelled from within: something that it awaited was, by a library perhaps"
+        )
+        self._take_back(slot)
+        slot.delivery = None  # another interruption would hit what sees to this one
+        try:
+            if slot.attempt is not None:
+                return await self.engine.fail(slot.attempt, why)
+            if slot.why is not None:
+                await self._give_back(delivery)
+        except asyncio.CancelledError:
+            self._take_back(slot)
+        except Exception:  # noqa: BLE001, S110  # the log is away
+            pass
+        return "released"  # or the lease will run out
 
     def _ended(self, delivery: Delivery, outcome: Outcome) -> None:
         if self._awaited:
@@ -297,29 +399,55 @@ class Pump:
                 *(s.timeout / 4 for s in self._stations.values()),
             ]
         )
-        while True:
-            now = clock.monotonic()
-            cut_off = self.deadline.at - self.deadline.margin / 2 - now
-            await clock.sleep(min(tick, cut_off) if cut_off > 0 else tick / 10)
-            now = clock.monotonic()
-            for station in self._stations.values():
-                self._watch_time(station, now)
-                if now - station.since >= tick:
-                    station.adapt(now)
-                self._beat(station, now)
-                await self._keep_leases(station, now)
+        async with asyncio.TaskGroup() as renewals:
+            while True:
+                now = clock.monotonic()
+                cut_off = self.deadline.at - self.deadline.margin / 2 - now
+                await clock.sleep(min(tick, cut_off) if cut_off > 0 else tick / 10)
+                now = clock.monotonic()
+                for station in self._stations.values():
+                    self._watch_time(station, now)
+                    if now - station.since >= tick:
+                        station.adapt(now)
+                    self._beat(station, now)
+                    # Never awaited here: a queue that does not answer would keep all else from being watched.
+                    if station.renewal is None or station.renewal.done():
+                        due = [
+                            held for held, since in station.held.values() if now - since >= station.lease / 3
+                        ]
+                        if due:
+                            station.renewal = renewals.create_task(self._renew(station, due, now))
 
     def _watch_time(self, station: _Station, now: float) -> None:
         over = self.deadline.over(now)
         for slot in station.slots:
             if slot.delivery is None:
                 continue
-            if over:
-                slot.interrupt(Interrupted("the process had to end before the stage reached a safe point"))
+            if slot.why is not None:
+                slot.interrupt(slot.why, now)
+                self._give_up(station, slot, now)
+            elif over:
+                slot.interrupt(
+                    Interrupted("the process had to end before the stage reached a safe point"), now
+                )
             elif now - slot.began > station.timeout:
                 slot.interrupt(
-                    Retryable(f"the attempt took longer than its timeout of {station.timeout:g} s")
+                    Retryable(f"the attempt took longer than its timeout of {station.timeout:g} s"), now
                 )
+
+    def _give_up(self, station: _Station, slot: Slot, now: float) -> None:
+        """Keep the lease no longer, where a handler was told to end and has not: somebody else may try."""
+        if now - slot.since < PATIENCE or station.held.pop(id(slot.delivery), None) is None:
+            return
+        assert slot.delivery is not None
+        if slot.attempt is not None:
+            slot.attempt.lost = True
+        logger.warning(
+            "%s: its handler does not end though it was cancelled %d s ago; its lease is kept no longer: see "
+            "that the handler's clean-up ends",
+            slot.delivery.event.subject,
+            now - slot.since,
+        )
 
     def _beat(self, station: _Station, now: float) -> None:
         """Let the log say that silent attempts are at work, so that nobody takes them over."""
@@ -328,13 +456,10 @@ class Pump:
             if attempt is None or delivery is None:
                 continue
             attempt.beat(now, station.lease / 2)
-            if attempt.lost:
-                self._lost(station, delivery)
+            if attempt.lost and slot.why is None:
+                self._lost(station, delivery, now)
 
-    async def _keep_leases(self, station: _Station, now: float) -> None:
-        due = [held for held, since in station.held.items() if now - since >= station.lease / 3]
-        if not due:
-            return
+    async def _renew(self, station: _Station, due: Sequence[Delivery], now: float) -> None:
         try:
             async with asyncio.timeout(station.lease / 3):
                 answers = await asyncio.gather(
@@ -343,21 +468,30 @@ class Pump:
         except TimeoutError:
             return  # asked again at the next tick; a lease that runs out meanwhile is found lost then
         for delivery, answer in zip(due, answers, strict=True):
-            if delivery not in station.held:
+            if id(delivery) not in station.held:
                 continue
             if answer is True:
-                station.held[delivery] = now
+                station.held[id(delivery)] = (delivery, now)
             elif answer is False:
-                self._lost(station, delivery)
+                self._lost(station, delivery, self.engine.clock.monotonic())
 
-    def _lost(self, station: _Station, delivery: Delivery) -> None:
-        if delivery in station.buffer:
-            station.buffer.remove(delivery)
-            station.release(delivery)
-            return
+    def _lost(self, station: _Station, delivery: Delivery, now: float) -> None:
+        for place, waiting in enumerate(station.buffer):
+            if waiting is delivery:
+                del station.buffer[place]
+                station.release(delivery)
+                return
         for slot in station.slots:
             if slot.delivery is delivery:
                 if slot.attempt is not None:
                     slot.attempt.lost = True
-                logger.warning("%s: its lease was lost, the attempt is given up", delivery.event.subject)
-                slot.interrupt(Fenced(f"the lease on {delivery.event.subject} was lost"))
+                if slot.why is None:
+                    logger.warning("%s: its lease was lost, the attempt is given up", delivery.event.subject)
+                    slot.interrupt(Fenced(f"the lease on {delivery.event.subject} was lost"), now)
+
+
+def _failure(task: asyncio.Task[None]) -> BaseException | None:
+    """What a slot that has ended failed with, if it did."""
+    if task.cancelled():
+        return RuntimeError(f"{task.get_name()} was cancelled, and nobody here did it")
+    return task.exception()

@@ -10,9 +10,11 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
 
+from flowlane.committer import lasting, ordinary
 from flowlane.compose import Application
 from flowlane.deadline import Deadline
-from flowlane.errors import Retryable
+from flowlane.engine import describe
+from flowlane.errors import FlowlaneError, Retryable
 from flowlane.lane import Lane, duration
 from flowlane.pump import Pump
 from flowlane.report import Report, read_report
@@ -23,6 +25,8 @@ logger = logging.getLogger("flowlane")
 
 #: Seconds that SIGTERM leaves to running attempts: half to reach a safe point, half to commit.
 GRACE = 20.0
+#: Seconds that a second one leaves; little enough for attempts to be cut off at once (see ``Deadline``).
+LAST = 5.0
 _SWEEP_EVERY = 15.0
 _DEAD_LISTED = 1000
 
@@ -54,8 +58,9 @@ async def _drained(app: Application, lane: Lane, run: str, left: set[str]) -> No
         try:
             if not await _owed(app, lane, run, left):
                 return
-        except Retryable as error:
-            logger.warning("lane %s: cannot tell yet whether %s is over: %s", lane.name, run, error)
+        except (Retryable, asyncio.CancelledError) as error:
+            known = describe(ordinary(error))
+            logger.warning("lane %s: cannot tell yet whether %s is over: %s", lane.name, run, known)
         try:
             async with asyncio.timeout(0.25):
                 await moved.wait()
@@ -99,7 +104,9 @@ async def serve(app: Application, stop: asyncio.Event, deadline: Deadline) -> No
     which the caller moves close.
     """
     async with asyncio.TaskGroup() as tasks:
-        schedules = [tasks.create_task(_schedule(app, lane)) for lane in app.lanes if lane.every is not None]
+        schedules = [
+            tasks.create_task(lasting(_schedule(app, lane))) for lane in app.lanes if lane.every is not None
+        ]
         try:
             only = app.settings.stage
             async with Pump(app.engine, deadline, only=only) as pump, housekeeping(app, app.lanes):
@@ -115,15 +122,16 @@ async def _stopped(stop: asyncio.Event) -> None:
 
 async def _schedule(app: Application, lane: Lane) -> None:
     """Open the run of every slot, from the current one on; whoever comes second finds it open."""
-    every = duration(lane.every or 0)
+    every = max(1.0, duration(lane.every or 0))  # a slot's name is its second: there is one in each
     while True:
         now = app.clock.now().timestamp()
         due = now - now % every
         slot = datetime.fromtimestamp(due, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         try:
             await app.engine.trigger(lane.name, slot, by="schedule")
-        except Retryable as error:
-            logger.warning("lane %s: slot %s not opened yet: %s", lane.name, slot, error)
+        except (Retryable, asyncio.CancelledError) as error:
+            known = describe(ordinary(error))
+            logger.warning("lane %s: slot %s not opened yet: %s", lane.name, slot, known)
             await app.clock.sleep(1 + app.clock.random())
             continue
         await app.clock.sleep(max(0.0, due + every - app.clock.now().timestamp()) + 0.001)
@@ -138,13 +146,18 @@ async def housekeeping(app: Application, lanes: list[Lane]) -> AsyncIterator[Non
             for lane in lanes:
                 try:
                     await sweep(app.engine, lane.name)
-                except Retryable as error:
-                    logger.warning("%s", error)
+                except (FlowlaneError, asyncio.CancelledError) as error:
+                    # One lane's trouble, which may last for ever: the others are swept all the same.
+                    logger.warning(
+                        "lane %s: the sweep is left for later, `flowlane sweep` repeats it: %s",
+                        lane.name,
+                        describe(ordinary(error)),
+                    )
             leases = [float(stage.policy.lease) for lane in lanes for stage in lane.stages]
             await app.clock.sleep(min([_SWEEP_EVERY, *leases]) * (0.75 + app.clock.random() / 2))
 
     async with asyncio.TaskGroup() as tasks:
-        sweeping = tasks.create_task(forever(), name="flowlane-sweep")
+        sweeping = tasks.create_task(lasting(forever()), name="flowlane-sweep")
         try:
             yield
         finally:
@@ -154,13 +167,14 @@ async def housekeeping(app: Application, lanes: list[Lane]) -> AsyncIterator[Non
 def stop_on_signals(
     loop: asyncio.AbstractEventLoop, app_clock: Callable[[], float], stop: asyncio.Event, deadline: Deadline
 ) -> None:
-    """SIGTERM and SIGINT set `stop` and leave ``GRACE`` seconds; a second one leaves none; a third ends the
-    process, which a handler that swallows its cancellation would keep for ever."""
+    """SIGTERM and SIGINT set `stop` and leave ``GRACE`` seconds; a second one cuts off what runs and leaves
+    ``LAST`` to log it; a third ends the process, which a handler that swallows its cancellation would keep
+    for ever."""
     numbers = (signal.SIGTERM, signal.SIGINT)
 
     def told() -> None:
         deadline.margin = GRACE
-        deadline.at = app_clock() + (0 if stop.is_set() else GRACE)
+        deadline.at = app_clock() + (LAST if stop.is_set() else GRACE)
         if stop.is_set():
             for number in numbers:
                 loop.remove_signal_handler(number)
