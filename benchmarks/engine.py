@@ -142,7 +142,7 @@ async def flowlane(uri: str, count: int, children: int) -> dict[str, float]:
         wall, cpu = meter.lap()
         grandchildren.set()
         report = await running
-        rest, rest_cpu = meter.lap()
+        tail, tail_cpu = meter.lap()
         peak = peak_mb()
         await check(app, run, report.brief(), count, children)
     return {
@@ -151,7 +151,7 @@ async def flowlane(uri: str, count: int, children: int) -> dict[str, float]:
         "register_us": register / count * 1e6,
         "peak": peak,
     } | (
-        {"all": 2 * count / (wall + rest), "all_us": (cpu + rest_cpu) / (2 * count) * 1e6} if children else {}
+        {"all": 2 * count / (wall + tail), "all_us": (cpu + tail_cpu) / (2 * count) * 1e6} if children else {}
     )
 
 

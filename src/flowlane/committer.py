@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flowlane.deadline import Deadline
 from flowlane.errors import Permanent, Retryable, VersionConflict
@@ -48,11 +48,11 @@ def ordinary(error: BaseException) -> Exception:
     return Retryable("it was cancelled from within: something that it awaited was, by a library or a driver")
 
 
-async def lasting(work: Awaitable[None]) -> None:
+async def lasting(work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
     """A group's long-lived task: where it ends as cancelled though nobody cancelled it, it fails the group,
     which would go on without it."""
     try:
-        await work
+        await work(*arguments)
     except asyncio.CancelledError as error:
         raise ordinary(error) from None
 
@@ -91,7 +91,7 @@ class Committer:
         self._unresolved, self._idle = 0, None
         try:
             async with asyncio.TaskGroup() as tasks:
-                work = [self._run(), *(self._resolve() for _ in range(_RESOLVERS))]
+                work = [self._run, *[self._resolve] * _RESOLVERS]
                 own = [tasks.create_task(lasting(each), name="flowlane-committer") for each in work]
                 self._open = True
                 yield

@@ -149,9 +149,9 @@ class Pump:
             keeper = tasks.create_task(self._keep_slots(), name="flowlane-slots")
             for station in self._stations.values():
                 if self._receiving:
-                    receive = lasting(self._receive(station))
+                    receive = lasting(self._receive, station)
                     self._receivers.append(tasks.create_task(receive, name=f"receive {station.queue}"))
-            watch = tasks.create_task(lasting(self._watch()), name="flowlane-watch")
+            watch = tasks.create_task(lasting(self._watch), name="flowlane-watch")
             try:
                 yield
                 returning = tasks.create_task(self._close(), name="flowlane-return")

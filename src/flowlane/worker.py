@@ -105,7 +105,7 @@ async def serve(app: Application, stop: asyncio.Event, deadline: Deadline) -> No
     """
     async with asyncio.TaskGroup() as tasks:
         schedules = [
-            tasks.create_task(lasting(_schedule(app, lane))) for lane in app.lanes if lane.every is not None
+            tasks.create_task(lasting(_schedule, app, lane)) for lane in app.lanes if lane.every is not None
         ]
         try:
             only = app.settings.stage
@@ -157,7 +157,7 @@ async def housekeeping(app: Application, lanes: list[Lane]) -> AsyncIterator[Non
             await app.clock.sleep(min([_SWEEP_EVERY, *leases]) * (0.75 + app.clock.random() / 2))
 
     async with asyncio.TaskGroup() as tasks:
-        sweeping = tasks.create_task(lasting(forever()), name="flowlane-sweep")
+        sweeping = tasks.create_task(lasting(forever), name="flowlane-sweep")
         try:
             yield
         finally:
