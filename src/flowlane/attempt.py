@@ -285,7 +285,7 @@ class Attempt:
     def findings(self) -> Findings:
         """What the handler has found that is not committed yet."""
         if self._findings is None:
-            self._findings = Findings()
+            self._findings = Findings(self.handling.chunk)
         return self._findings
 
     async def flush(self) -> None:
@@ -326,15 +326,17 @@ class Attempt:
     def conclude(self, kind: Terminal, reason: str = "") -> Commit:
         """The commit that ends the unit: terminal event, tally, what was found, and the ack."""
         self.ending = (kind, reason)
-        untouched = self._progress is None and not reason and self.origin.version == 1
-        if untouched:  # what its progress would be, without making one for each of many small units
+        if self._progress is None and kind == events.UNIT_SETTLED and self.origin.version == 1:
+            # What its progress would be, and its tally, without making them for each of many small units.
             found = len(self._findings.children) if self._findings else 0
-            self.final = self.make(kind, {"children": found} if found else None)
-        else:
-            if kind != events.UNIT_SKIPPED:
-                self.progress.reason = reason
-            self.progress.delay = 0.0
-            self.final = self._make_counting(kind)
+            self.final = own = self.make(kind, {"children": found} if found else None)
+            counted = self.handling.counted
+            tally = self.handling.settled(own.run, own.round) if counted else self._final_tally(kind)
+            return self._commit(own, tally, ack=self.delivery)
+        if kind != events.UNIT_SKIPPED:
+            self.progress.reason = reason
+        self.progress.delay = 0.0
+        self.final = self._make_counting(kind)
         commit = self._commit(self.final, self._final_tally(kind), ack=self.delivery)
         if kind == "unit.dead":
             commit = self._with_notice(commit, reason)

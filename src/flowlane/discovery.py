@@ -16,24 +16,33 @@ from flowlane.ports import Append, Publish, Tally
 if TYPE_CHECKING:
     from flowlane.attempt import Attempt
 
-#: Children and facts in one commit. Each child may be of another stage and so cost a tally too: with its own
-#: event and tally, and a notice, the commit stays below MAX_ACTIONS.
-CHUNK = 48
+#: Children and facts in one commit, at most.
+CHUNK = 64
+#: What a commit may hold besides: its own event and tally, a notice. A tally for each stage that the children
+#: are of comes on top: see ``chunk``.
+_BESIDES = 4
 #: Seconds after which units found are registered at the next yield, however few they are.
 PATIENCE = 1.0
 #: A payload below this makes no event too long.
 _SURELY_FITS = events.MAX_EVENT_BYTES - 8192
 
 
+def chunk(stages: int) -> int:
+    """Children and facts in one commit of a lane with so many stages: with a tally for each stage that they
+    are of, and each may be of another, it stays within ``MAX_ACTIONS``."""
+    return max((events.MAX_ACTIONS - _BESIDES) // 2, min(CHUNK, events.MAX_ACTIONS - _BESIDES - stages))
+
+
 class Findings:
-    """What one attempt has found and no commit holds yet: at most ``CHUNK`` units and facts, in order.
+    """What one attempt has found and no commit holds yet: at most `chunk` units and facts, in order.
 
     Of several facts of one stream the last one counts, since each is cumulative.
     """
 
-    __slots__ = ("_facts", "_since", "_versions", "children")
+    __slots__ = ("_chunk", "_facts", "_since", "_versions", "children")
 
-    def __init__(self) -> None:
+    def __init__(self, chunk: int) -> None:
+        self._chunk = chunk
         self.children: dict[str, Publish] = {}  #: by stream: none is found twice
         self._facts: dict[str, tuple[int, Event]] = {}
         self._versions: dict[str, int] = {}  # heads of the streams of facts, as this attempt knows them
@@ -51,7 +60,7 @@ class Findings:
         """Whether they should be committed by `now`: they are many, or have waited for long."""
         if not self._since:
             self._since = now
-        return len(self.children) + len(self._facts) >= CHUNK or now - self._since > PATIENCE
+        return len(self.children) + len(self._facts) >= self._chunk or now - self._since > PATIENCE
 
     # ------------------------------------------------------------------ finding
 

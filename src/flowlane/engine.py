@@ -21,6 +21,7 @@ from flowlane.clock import Clock, rfc3339
 from flowlane.committer import Committer
 from flowlane.completion import complete, complete_after
 from flowlane.deadline import Deadline, Interrupted
+from flowlane.discovery import chunk
 from flowlane.errors import ConfigError, Fenced, Permanent, Retryable, Superseded, VersionConflict
 from flowlane.events import Event
 from flowlane.handling import Handling
@@ -83,7 +84,7 @@ class Engine:
         for lane in lanes:
             lane.check()
             for stage in lane.stages:
-                handling = Handling(stage)
+                handling = Handling(stage, chunk(len(lane.stages)))
                 self._queues[stage.queue] = self._types[lane.name, stage.on] = handling
         self._prefix = clock.token()
         self._busy: dict[str, int] = {}  # how many attempts of a unit are under way here

@@ -20,6 +20,7 @@ class Handling:
     __slots__ = (
         "_found",
         "_settled",
+        "chunk",
         "counted",
         "cut",
         "decoder",
@@ -30,8 +31,9 @@ class Handling:
         "stage",
     )
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage, chunk: int) -> None:
         self.stage = stage
+        self.chunk = chunk  #: see ``discovery.chunk``
         self.name = stage.name
         self.queue = stage.queue
         self.counted = stage.counted

@@ -1393,9 +1393,9 @@ async def test_a_large_discovery_is_committed_in_chunks(bench: Bench) -> None:
     report = await bench.run(lane_of(units=[*units, *units[:10]]))
     assert (report.units["found"], report.units["settled"]) == (200, 200)
     assert sum(n > 0 for n in groups) >= 4
-    assert max(groups) <= 48
+    assert max(groups) <= 64
     progressed = [e for e in await bench.stream(report.run) if e.type == "discovery.progress"]
-    assert [progress(e).children for e in progressed[:3]] == [48, 96, 144]
+    assert [progress(e).children for e in progressed[:3]] == [64, 128, 192]
 
 
 @virtual
