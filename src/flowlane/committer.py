@@ -29,7 +29,7 @@ Answer = Committed | VersionConflict | BaseException
 #: Commits in one group, at most: enough to amortise a transaction, little enough to keep it short.
 GROUP = 512
 #: Appends in one group, at most (and one commit more): units with many children make long transactions.
-_APPENDS = 512
+_APPENDS = 1024
 _RESOLVERS = 4
 
 

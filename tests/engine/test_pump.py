@@ -495,7 +495,7 @@ async def test_a_group_of_commits_is_bounded_by_its_appends(bench: Bench) -> Non
 
     report = await bench.run(lane)
     assert report.units["settled"] == 6100
-    assert most <= 512 + 100, "of 6,100 that were decided at once"
+    assert most <= 1024 + 100, "of 6,100 that were decided at once"
 
 
 # --------------------------------------------------------------------------- the worker
