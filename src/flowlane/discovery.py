@@ -23,8 +23,6 @@ CHUNK = 64
 _BESIDES = 4
 #: Seconds after which units found are registered at the next yield, however few they are.
 PATIENCE = 1.0
-#: A payload below this makes no event too long.
-_SURELY_FITS = events.MAX_EVENT_BYTES - 8192
 
 
 def chunk(stages: int) -> int:
@@ -104,7 +102,7 @@ class Findings:
             item.unit_schema,
             origin.traceparent,
         )
-        if len(child.data) > _SURELY_FITS:
+        if len(child.data) > events.SURELY_FITS:
             events.encode(child)  # refused now, by name, rather than with all that is committed along with it
         self.children[stream] = Publish(child, handling.queue)
 

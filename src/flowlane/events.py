@@ -17,6 +17,10 @@ from flowlane.errors import ConfigError, Permanent
 #: An event longer than this (bytes of structured JSON) is refused; bulk belongs into a store, by reference.
 MAX_EVENT_BYTES: Final = 256 * 1024
 
+#: Below this a payload makes no event too long, unless its names are absurd; encoding every event to know its
+#: exact length would cost more than all the rest of a commit in memory.
+SURELY_FITS: Final = MAX_EVENT_BYTES - 8192
+
 #: How many appended events and tallies one commit may hold (DynamoDB's TransactWriteItems limit).
 MAX_ACTIONS: Final = 100
 

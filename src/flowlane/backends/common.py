@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 import msgspec
 
 from flowlane.errors import Permanent
-from flowlane.events import MAX_ACTIONS, MAX_EVENT_BYTES, Event, encode, encode_data
+from flowlane.events import MAX_ACTIONS, SURELY_FITS, Event, encode, encode_data
 from flowlane.ports import Append, ChannelBatch, Commit
 from flowlane.state import Counts, RunTally, StageTally
 
@@ -21,10 +21,6 @@ CHANNEL_LEASE = 30.0
 
 #: Seconds between two looks for what another process may have written, or what has become due.
 POLL = 0.05
-
-# Below this a payload cannot make its event too long, unless its names are absurd; encoding every event to
-# know its exact length would cost more than all the rest of a commit in memory.
-_SURELY_FITS = MAX_EVENT_BYTES - 8192
 
 
 def partition(key: str) -> int:
@@ -56,7 +52,7 @@ def checked(work: Sequence[Commit]) -> Sequence[Commit]:
                         f"cannot be version {version} of {stream}"
                     )
                 data = event.data
-                plain = plain and type(data) is msgspec.Raw and len(data) <= _SURELY_FITS
+                plain = plain and type(data) is msgspec.Raw and len(data) <= SURELY_FITS
             actions += version - append.expected
         if actions > MAX_ACTIONS:
             raise Permanent(
@@ -76,7 +72,7 @@ def _sealed(commit: Commit) -> Commit:
 def _seal(event: Event) -> Event:
     if not isinstance(event.data, msgspec.Raw):
         event = msgspec.structs.replace(event, data=msgspec.Raw(encode_data(event.data)))
-    if len(event.data) > _SURELY_FITS:
+    if len(event.data) > SURELY_FITS:
         encode(event)
     return event
 
