@@ -5,26 +5,35 @@ TIME ?= 600
 
 PY := .venv/bin/python
 STAMP := .venv/.stamp
+SERVERS := .venv-servers/.stamp
+PLUGINS := $(wildcard plugins/*)
 
 CODE = $(foreach dir,src tests plugins benchmarks examples,$(if $(shell find $(dir) -name '*.py' 2>/dev/null | head -n 1),$(dir)))
 
 .PHONY: setup demo test lint prove bench clean
 
-setup: $(STAMP)
+setup: $(STAMP) $(SERVERS)
 
 # By environment, not by -c, so that the pins hold for the build backend too (newer pips: the second name).
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(PLUGINS:%=%/pyproject.toml)
 	@echo "setting up .venv (about a minute, once)"
 	@$(PYTHON) -m venv .venv
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
-		$(PY) -m pip install -qq -e '.[dev]'
+		$(PY) -m pip install -qq -e '.[dev]' $(PLUGINS:%=-e './%[dev]')
+	@touch $@
+
+# The stand-ins for AWS that tests, demo and benchmarks start.
+$(SERVERS): constraints-servers.txt
+	@echo "setting up .venv-servers (half a minute, once)"
+	@$(PYTHON) -m venv .venv-servers
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-servers/bin/python -m pip install -qq -r constraints-servers.txt
 	@touch $@
 
 demo: setup
 	@$(PY) examples/demo.py
 
 test: setup
-	@$(PY) -m pytest tests -n 2
+	@$(PY) -m pytest tests $(wildcard plugins/*/tests) -n 2
 
 lint: setup
 	@$(PY) -m ruff check --quiet .
@@ -39,5 +48,5 @@ bench: setup
 	@$(PY) -m benchmarks
 
 clean:
-	@rm -rf .venv .flowlane build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf .venv .venv-servers .flowlane build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

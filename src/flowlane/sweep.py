@@ -29,9 +29,11 @@ _GROUP = 64
 
 
 class Swept(msgspec.Struct):
-    """What one sweep found open, queued again, and itself completed; how many unfinished uploads of dead
-    units it discarded; and how many open units are owed to which stages that the lane does not have."""
+    """What one sweep handed to the queues that commits had owed them, found open, queued again, and itself
+    completed; how many unfinished uploads of dead units it discarded; and how many open units are owed to
+    which stages that the lane does not have."""
 
+    resent: int = 0
     open: int = 0
     requeued: int = 0
     completed: int = 0
@@ -49,6 +51,7 @@ async def sweep(engine: Engine, lane: str) -> Swept:
     swept = Swept()
     owed: list[Publish] = []
     try:
+        swept.resent = await engine.backend.resend(lane)
         async for head in engine.backend.units(lane, "open"):
             swept.open += 1
             if status(head) == "closed":

@@ -12,7 +12,7 @@ from flowlane.backends.memory import MemoryBackend
 from flowlane.clock import Clock
 from flowlane.errors import VersionConflict
 from flowlane.events import Event, encode
-from flowlane.ports import Channel, Commit, Committed, Delivery, Index
+from flowlane.ports import Channel, Commit, Committed, Delivery, Index, QueueSpec
 from flowlane.state import RunTally
 from tests.aws_lambda.model import Queue
 
@@ -62,6 +62,12 @@ class OutsideBackend:
 
     def channel(self, name: str) -> Channel:
         return self._inner.channel(name)
+
+    async def create(self, queues: Sequence[QueueSpec]) -> Sequence[str]:
+        return []
+
+    async def resend(self, lane: str) -> int:
+        return 0
 
     async def purge(self) -> None:
         self._queue.waiting.clear()

@@ -356,7 +356,15 @@ def test_what_cannot_be_put_back_is_said_and_exit_1(ran: Cli) -> None:
 
 
 def test_sweep(ran: Cli, document: Callable[..., Any]) -> None:
-    nothing = {"lane": "toy", "open": 0, "requeued": 0, "completed": 0, "discarded": 0, "stranded": {}}
+    nothing = {
+        "lane": "toy",
+        "resent": 0,
+        "open": 0,
+        "requeued": 0,
+        "completed": 0,
+        "discarded": 0,
+        "stranded": {},
+    }
     assert document("sweep", "toy.py") == nothing
     ran("redrive", "toy.py")
     assert ran("sweep", "toy.py").stdout.startswith("lane toy: ")

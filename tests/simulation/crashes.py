@@ -35,6 +35,7 @@ PORTS = frozenset(
         "backend.last",
         "backend.read",
         "backend.receive",
+        "backend.resend",
         "backend.tally",
         "backend.units",
         "body.read",

@@ -40,6 +40,7 @@ from flowlane.ports import (
     Delivery,
     Environment,
     Index,
+    QueueSpec,
     Tally,
 )
 from flowlane.state import RunTally, StageTally
@@ -384,6 +385,12 @@ class MemoryBackend:
             due.append(self._leases[0][0])
         # At least a millisecond: a difference too small to move the clock would be asked for without end.
         return max(0.001, min(due, default=inf) - self._clock.monotonic())
+
+    async def create(self, queues: Sequence[QueueSpec]) -> Sequence[str]:
+        return []
+
+    async def resend(self, lane: str) -> int:
+        return 0
 
     async def purge(self) -> None:
         for _, _, held in self._leases:

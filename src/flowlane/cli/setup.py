@@ -11,6 +11,7 @@ from flowlane.compose import open_application
 from flowlane.errors import redact
 from flowlane.lane import Lane
 from flowlane.plugins import Registry
+from flowlane.ports import QueueSpec
 
 
 async def show_plugins() -> Answer:
@@ -25,11 +26,18 @@ async def show_plugins() -> Answer:
 
 
 async def prepare(session: Session, lane: Lane) -> Answer:
-    """Open the backend, which creates what an embedded one lacks, and say what is there."""
+    """Have the backend make what it lacks for the lane, and say what is there."""
     async with open_application([lane], session.settings) as app:
+        made = await app.backend.create(
+            [
+                QueueSpec(stage.queue, float(stage.policy.lease), float(stage.policy.timeout))
+                for stage in lane.stages
+            ]
+        )
         document: dict[str, Any] = {
             "lane": lane.name,
             "backend": redact(session.settings.backend),
+            "made": list(made),
             "queues": [stage.queue for stage in lane.stages],
             "open": 0,
             "dead": 0,
@@ -40,6 +48,8 @@ async def prepare(session: Session, lane: Lane) -> Answer:
 
     def show(screen: Screen) -> None:
         screen.line(f"{document['backend']} is ready for lane {lane.name}")
+        if made:
+            screen.line(f"made: {', '.join(made)}")
         screen.line(f"queues: {', '.join(document['queues'])}")
         screen.line(f"{plural(document['open'], 'open unit')}, {document['dead']:,} dead")
 

@@ -17,6 +17,7 @@ from flowlane.ports.log import (
     Delivery,
     Index,
     Publish,
+    QueueSpec,
     Tally,
 )
 from flowlane.ports.records import (
@@ -58,6 +59,7 @@ __all__ = [
     "Notifier",
     "ObjectInfo",
     "Publish",
+    "QueueSpec",
     "Record",
     "Rows",
     "Secrets",

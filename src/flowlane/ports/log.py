@@ -24,13 +24,16 @@ class Publish(msgspec.Struct, frozen=True, gc=False):
     """`event`, appended by this commit or standing in the log, is owed to the queue of `stage`.
 
     ``repeat=True`` marks the sweep's reminder: a backend that knows the unit to be queued or leased still
-    drops it; one that cannot know (SQS) sends it, because deliveries may repeat anyway.
+    drops it; one that cannot know (SQS) sends it, because deliveries may repeat anyway. ``group`` is the
+    value of the stage's order key: what is published under one group is handled one after the other, in this
+    order.
     """
 
     event: Event
     stage: str
     delay: float = 0.0
     repeat: bool = False
+    group: str = ""
 
 
 class Tally(msgspec.Struct, frozen=True, gc=False):
@@ -102,6 +105,16 @@ class Committed(msgspec.Struct, frozen=True, gc=False):
 Index = Literal["open", "dead"]
 
 
+class QueueSpec(msgspec.Struct, frozen=True):
+    """A stage's queue as it is wanted: ``name`` is what ``Publish.stage`` says; ``lease`` and ``timeout`` are
+    the stage's, in seconds; ``ordered`` if it keeps the order within groups."""
+
+    name: str
+    lease: float
+    timeout: float
+    ordered: bool = False
+
+
 class Backend(Protocol):
     """A log and a queue that commit together, and channels. Opened by URI, closed by leaving its context.
 
@@ -165,6 +178,21 @@ class Backend(Protocol):
 
     def channel(self, name: str) -> Channel:
         """The ordered channel called `name`; made when first put to."""
+        ...
+
+    async def create(self, queues: Sequence[QueueSpec]) -> Sequence[str]:
+        """What the backend lacks for `queues` is there (``flowlane init``); the names of what was made now.
+
+        Repeatable; never called at run time. An embedded backend needs nothing made.
+
+        Raises:
+            ConfigError: something of that name is there and does not fit, or may not be made.
+        """
+        ...
+
+    async def resend(self, lane: str) -> int:
+        """Hand to the queues what commits of `lane` owed them a while ago and may not have got to; how many
+        deliveries. A queue that commits along with the log owes nothing."""
         ...
 
     async def purge(self) -> None:

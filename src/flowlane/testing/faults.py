@@ -42,6 +42,7 @@ from flowlane.ports import (
     Index,
     ObjectInfo,
     Publish,
+    QueueSpec,
     Sink,
     Source,
     Split,
@@ -395,6 +396,14 @@ class FaultyBackend:
     def channel(self, name: str) -> Channel:
         """See ``Backend.channel``; no faults."""
         return self._backend.channel(name)
+
+    async def create(self, queues: Sequence[QueueSpec]) -> Sequence[str]:
+        """See ``Backend.create``."""
+        return await self._process.call("backend.create", lambda: self._backend.create(queues))
+
+    async def resend(self, lane: str) -> int:
+        """See ``Backend.resend``."""
+        return await self._process.call("backend.resend", lambda: self._backend.resend(lane))
 
     async def purge(self) -> None:
         """See ``Backend.purge``."""

@@ -22,7 +22,7 @@ from flowlane.backends.sqlite.writer import Writer
 from flowlane.clock import Clock
 from flowlane.errors import ConfigError, VersionConflict, redact
 from flowlane.events import Event
-from flowlane.ports import Channel, Commit, Committed, Delivery, Environment, Index
+from flowlane.ports import Channel, Commit, Committed, Delivery, Environment, Index, QueueSpec
 from flowlane.state import RunTally
 
 # The longest ``busy_timeout``, a day: SQLite's own number of milliseconds ends at 25 of them.
@@ -120,6 +120,12 @@ class SqliteBackend:
 
     def channel(self, name: str) -> Channel:
         return SqliteChannel(name, self._clock, self.writer, self._news)
+
+    async def create(self, queues: Sequence[QueueSpec]) -> Sequence[str]:
+        return []
+
+    async def resend(self, lane: str) -> int:
+        return 0
 
     async def purge(self) -> None:
         await self.writer.submit(Purge())

@@ -1,0 +1,211 @@
+"""The SDK's clients, and its errors as flowlane's: the only module that knows how AWS is asked.
+
+Clients are made with a bounded pool and short time-outs; ``asking`` puts an outer time-out around every
+call, since the SDK has none for waiting for a free connection. Retries of single requests are the SDK's (its
+standard mode, three tries, full jitter); everything longer is the engine's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import aiohttp
+from aiobotocore.config import AioConfig
+from aiobotocore.session import get_session
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    NoCredentialsError,
+    NoRegionError,
+    PartialCredentialsError,
+)
+
+from flowlane.errors import ConfigError, FlowlaneError, Permanent, Retryable
+
+#: Seconds for one call, all of its tries included, unless the caller says otherwise.
+PATIENCE: Final = 30.0
+
+_THROTTLED = frozenset(
+    {
+        "BandwidthLimitExceeded",
+        "LimitExceededException",
+        "OverLimit",
+        "PriorRequestNotComplete",
+        "ProvisionedThroughputExceeded",
+        "ProvisionedThroughputExceededException",
+        "RequestLimitExceeded",
+        "RequestThrottled",
+        "RequestThrottledException",
+        "SlowDown",
+        "ThrottledException",
+        "Throttling",
+        "ThrottlingException",
+        "TooManyRequestsException",
+        "TransactionConflictException",
+        "TransactionInProgressException",
+    }
+)
+_AWAY = frozenset(
+    {
+        "InternalError",
+        "InternalFailure",
+        "InternalServerError",
+        "InternalServiceError",
+        "RequestTimeout",
+        "RequestTimeoutException",
+        "ServiceUnavailable",
+    }
+)
+_EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"})
+_REFUSED = frozenset(
+    {
+        "AccessDenied",
+        "AccessDeniedException",
+        "AllAccessDisabled",
+        "AuthorizationError",
+        "AuthorizationErrorException",
+        "Forbidden",
+        "InvalidAccessKeyId",
+        "InvalidClientTokenId",
+        "InvalidSignatureException",
+        "InvalidToken",
+        "MissingAuthenticationToken",
+        "SignatureDoesNotMatch",
+        "UnauthorizedOperation",
+        "UnrecognizedClientException",
+    }
+)
+_MISSING = frozenset(
+    {
+        "AWS.SimpleQueueService.NonExistentQueue",
+        "NoSuchBucket",
+        "NotFound",
+        "NotFoundException",
+        "QueueDoesNotExist",
+        "ResourceNotFoundException",
+    }
+)
+_ELSEWHERE = frozenset(
+    {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"}
+)
+
+
+@asynccontextmanager
+async def open_client(
+    service: str,
+    *,
+    region: str = "",
+    endpoint: str = "",
+    connections: int = 64,
+    read_timeout: float = 25.0,
+    checksums: bool = False,
+) -> AsyncIterator[Any]:
+    """The SDK's client of `service`, for as long as the context is open.
+
+    Region, endpoint and credentials are the SDK's own settings (``AWS_REGION``, ``AWS_ENDPOINT_URL``,
+    profiles, roles) where they are not given; credentials refresh themselves. `checksums`: have S3 objects
+    carry those that the SDK computes by default.
+
+    Raises:
+        ConfigError: there is no region.
+    """
+    session = get_session()
+    config = AioConfig(
+        retries={"mode": "standard", "total_max_attempts": 3},
+        connect_timeout=5,
+        read_timeout=read_timeout,
+        max_pool_connections=connections,
+        parameter_validation=False,
+        tcp_keepalive=True,
+        user_agent_extra="flowlane",
+        request_checksum_calculation="when_supported" if checksums else "when_required",
+        response_checksum_validation="when_required",
+    )
+    try:
+        opening = session.create_client(
+            service,
+            region_name=region or os.environ.get("AWS_REGION") or None,
+            endpoint_url=endpoint or None,
+            config=config,
+        )
+        client = await opening.__aenter__()
+    except (BotoCoreError, ValueError) as error:
+        raise told(error, f"opening {service}") from error
+    try:
+        yield client
+    finally:
+        await opening.__aexit__(None, None, None)
+
+
+@asynccontextmanager
+async def asking(
+    what: str, *, seconds: float = PATIENCE, passing: Collection[str] = ()
+) -> AsyncIterator[None]:
+    """Calls in here take `seconds` at most, and fail with flowlane's errors, which say `what` was asked.
+
+    Raises:
+        ClientError: with a code that is in `passing`: the caller knows what it means.
+        Retryable: throttled, away, out of time, or the credentials have expired.
+        ConfigError: what was asked for does not exist, lies elsewhere, or is not allowed.
+        Permanent: AWS refuses it as it is.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except ClientError as error:
+        if code_of(error) in passing:
+            raise
+        raise told(error, what) from error
+    except TimeoutError as error:
+        raise Retryable(f"{what}: no answer within {seconds:g} s") from error
+    except (BotoCoreError, aiohttp.ClientError, OSError) as error:
+        raise told(error, what) from error
+
+
+def code_of(error: ClientError) -> str:
+    """The code of an error that AWS answered with; of one without a body, its HTTP status."""
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def status_of(error: ClientError) -> int:
+    """The HTTP status that the error came with; 0 if it is not known."""
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def told(error: Exception, what: str) -> FlowlaneError:
+    """`error`, raised while `what` was asked, as an error of flowlane's that says what to do."""
+    said = " ".join(str(error).split())[:300] or type(error).__name__
+    if isinstance(error, NoCredentialsError | PartialCredentialsError):
+        return ConfigError(
+            f"{what}: there are no AWS credentials ({said}): set a role, a profile or AWS_ACCESS_KEY_ID"
+        )
+    if isinstance(error, NoRegionError):
+        return ConfigError(f"{what}: there is no AWS region: set AWS_REGION, or region= in the URI")
+    if not isinstance(error, ClientError):
+        if isinstance(error, ValueError):
+            return ConfigError(f"{what}: {said}")
+        return Retryable(f"{what}: {type(error).__name__}: {said}")
+    return _answered(error, what)
+
+
+def _answered(error: ClientError, what: str) -> FlowlaneError:
+    code, status = code_of(error), status_of(error)
+    message = " ".join(str(error.response.get("Error", {}).get("Message", "")).split())[:300]
+    said = f"{code}: {message}" if message else code
+    if code in _THROTTLED or status == 429:
+        return Retryable(f"{what}: throttled ({said})")
+    if code in _EXPIRED:
+        return Retryable(f"{what}: the AWS credentials have expired ({said}): renew them, it is tried again")
+    if code in _REFUSED or status in (401, 403):
+        return ConfigError(f"{what}: not allowed ({said}): check the credentials and the role's policy")
+    if code in _ELSEWHERE or status == 301:
+        return ConfigError(f"{what}: it lies in another region ({said}): set AWS_REGION or region=")
+    if code in _MISSING:
+        return ConfigError(f"{what}: it does not exist ({said}): create it, or check name and region")
+    if code in _AWAY or status >= 500:
+        return Retryable(f"{what}: AWS could not ({said})")
+    return Permanent(f"{what}: refused ({said})")

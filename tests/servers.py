@@ -1,0 +1,84 @@
+"""Stand-ins for AWS, as processes on loopback, started by whoever needs them: tests, demo, benchmarks."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+ROOT = Path(__file__).parents[1]
+#: ``make setup`` puts them here: they want another botocore than aioboto3 does.
+PROGRAMS = ROOT / ".venv-servers" / "bin"
+
+#: What the SDK needs to talk to a stand-in: signatures are made, and not checked.
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_REGION": "us-east-1",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(endpoint: str) -> Mapping[str, str]:
+    """What points the SDK at the stand-in at `endpoint`, and nowhere else."""
+    return {**CREDENTIALS, "AWS_ENDPOINT_URL": endpoint}
+
+
+@contextmanager
+def server(kind: Literal["ministack", "moto"], log: Path | None = None) -> Iterator[str]:
+    """A new, empty stand-in, as its endpoint; killed with the context."""
+    port = free_port()
+    endpoint = f"http://127.0.0.1:{port}"
+    if kind == "ministack":
+        command, ready = [str(PROGRAMS / "ministack")], f"{endpoint}/_ministack/health"
+    else:
+        command = [str(PROGRAMS / "moto_server"), "-H", "127.0.0.1", "-p", str(port)]
+        ready = f"{endpoint}/moto-api/"
+    # BIND_HOST: MiniStack's default is every interface.
+    names = {"BIND_HOST": "127.0.0.1", "GATEWAY_PORT": str(port), **CREDENTIALS}
+    with (log or Path(os.devnull)).open("ab") as output:
+        process = subprocess.Popen(command, env={**os.environ, **names}, stdout=output, stderr=output)
+        try:
+            _await_answer(ready, process)
+            yield endpoint
+        finally:
+            process.kill()
+            process.wait()
+
+
+def reset(endpoint: str) -> None:
+    """Forget all that a stand-in holds, MiniStack or moto."""
+    for path in ("/_ministack/reset", "/moto-api/reset"):
+        try:
+            with urllib.request.urlopen(urllib.request.Request(endpoint + path, method="POST"), timeout=10):
+                return
+        except OSError:
+            continue
+    raise RuntimeError(f"{endpoint} could not be reset")
+
+
+def _await_answer(url: str, process: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise RuntimeError(f"the server ended with code {process.returncode}: run `make setup`")
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.02)
+    raise RuntimeError(f"{url} did not answer within 30 s")
