@@ -12,11 +12,31 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks import decode, engine, imports, lag, landing
+from benchmarks import cold, decode, dynamodb, engine, fan_in, imports, lag, landing, sqs, stores
 from benchmarks.harness import Result, WrongOutput, run
 
-CASES = (engine.CASE, landing.CASE, lag.CASE, imports.CASE, decode.CASE)
-QUICK = {"engine": 20_000, "landing": 512 << 20, "lag": 256 << 20, "decode": 64 << 20}
+CASES = (
+    engine.CASE,
+    landing.CASE,
+    lag.CASE,
+    imports.CASE,
+    decode.CASE,
+    sqs.CASE,
+    stores.CASE,
+    dynamodb.CASE,
+    fan_in.CASE,
+    cold.CASE,
+)
+QUICK = {
+    "engine": 20_000,
+    "landing": 512 << 20,
+    "lag": 256 << 20,
+    "decode": 64 << 20,
+    "sqs": 4_000,
+    "stores": 256 << 20,
+    "dynamodb": 1_000,
+    "fan-in": 400,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

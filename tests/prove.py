@@ -18,15 +18,20 @@ from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import msgspec
 from zstandard import ZstdCompressor
 
 from flowlane import CsvFormat, FlowlaneError, events
-from flowlane.aws_lambda.payload import understand
+from flowlane.aws_lambda import objects
+from flowlane.aws_lambda.payload import batch
+from flowlane.aws_lambda.wanted import understand, understand_direct
+from flowlane.streams import kpl
 from flowlane.streams.csvrows import CsvRows
 from flowlane.streams.inflate import decoder
 from flowlane.streams.jsonrows import JsonRows
 from flowlane.testing.faults import MODES
 from flowlane.testing.simulator import Tally, again, campaign
+from tests.aws_lambda.aggregate import aggregate
 from tests.kills.campaign import Campaign
 from tests.simulation.crashes import calm, crash
 
@@ -143,10 +148,28 @@ _EVENT = events.encode(
         "1", "lane", "hour", "lane/hour/1", "2024-01-01T00:00:00.000Z", events.EMPTY, 1, "lane/run/1"
     )
 )
+_LAMBDA = msgspec.json.encode(
+    {"Records": [{"s3": {"bucket": {"name": "b"}, "object": {"key": "a+b", "eTag": "e", "sequencer": "0A"}}}]}
+)
+
+
+def _lambda_event(junk: bytes) -> None:
+    """The event, and whatever messages are in it."""
+    try:
+        value = msgspec.json.decode(junk)
+    except (msgspec.DecodeError, UnicodeError):
+        return
+    if batch(value) is None:
+        understand_direct(value, "lane")
+        objects(value)
+
+
 #: What is mutated, and what it is fed to.
 JUNK: Sequence[tuple[str, bytes, Callable[[bytes], object]]] = (
     ("event", _EVENT, events.decode),
     ("message", _EVENT, lambda junk: understand(junk, "lane")),
+    ("lambda event", _LAMBDA, _lambda_event),
+    ("aggregate", aggregate(("a", _EVENT), ("b", _EVENT)), kpl.unpack),
     ("gzip", gzip.compress(b"one line\n" * 50, mtime=0) * 2, _decode("x.gz")),
     ("zstd", ZstdCompressor().compress(b"one line\n" * 50) * 2, _decode("x.zst")),
     ("csv", b'id,name\r\n1,"a, ""b""\nc"\n2,\xc3\xa9\n', _rows(lambda: CsvRows(CsvFormat()))),

@@ -285,8 +285,8 @@ async def test_an_application_is_of_one_piece() -> None:
 @pytest.mark.parametrize(
     ("backend", "said"),
     [
-        ("nothing://x", "has scheme 'nothing': as backend, flowlane opens memory, sqlite"),
-        ("flow.db", "has no scheme: as backend, flowlane opens memory, sqlite"),
+        ("nothing://x", "has scheme 'nothing': as backend, flowlane opens "),
+        ("flow.db", "has no scheme: as backend, flowlane opens "),
         ("sqlite:///x.db?syncronous=full", "unknown option 'syncronous'; known: busy_timeout, synchronous"),
         ("sqlite:///x.db?synchronous=maybe", "synchronous=maybe is neither normal nor full"),
         ("sqlite:///", "write sqlite:///relative/path"),

@@ -17,7 +17,7 @@ from flowlane.events import MAX_EVENT_BYTES, decode, encode, upcast
 #: CloudEvents 1.0.2, section 3.1 and its JSON format: what every event must have, and what flowlane adds.
 REQUIRED = ("id", "source", "specversion", "type")
 OPTIONAL = ("subject", "time", "data", "datacontenttype")
-EXTENSIONS = ("version", "run", "round", "cause", "stage", "cut", "schema", "traceparent")
+EXTENSIONS = ("version", "run", "round", "cause", "stage", "cut", "schema", "traceparent", "partitionkey")
 
 #: What JSON can hold: text that is no lone surrogate.
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -41,6 +41,7 @@ envelopes = st.builds(
     text,
     text,
     st.integers(1, 100),
+    text,
     text,
 )
 
@@ -80,7 +81,8 @@ def test_somebody_elses_layout_of_the_payload_is_taken_out() -> None:
 
 
 def test_the_wire_is_structured_cloudevents_json() -> None:
-    one = event({"n": 1}, round=2, cause="e0", stage="load", cut="1/2", schema=3, traceparent="00-a-b-01")
+    given = {"round": 2, "cause": "e0", "stage": "load", "cut": "1/2", "schema": 3}
+    one = event({"n": 1}, **given, traceparent="00-a-b-01", partitionkey="c1")
     wire = json.loads(encode(one))
     assert set(wire) == {*REQUIRED, *OPTIONAL, *EXTENSIONS} - {"datacontenttype"}
     assert wire["specversion"] == "1.0"
@@ -91,7 +93,7 @@ def test_the_wire_is_structured_cloudevents_json() -> None:
 def test_what_has_its_default_is_left_out() -> None:
     """JSON is what a missing datacontenttype stands for (JSON format 1.0.2, section 3.1)."""
     bare = json.loads(encode(event()))
-    assert not {"datacontenttype", "cause", "traceparent", "round", "schema"} & set(bare)
+    assert not {"datacontenttype", "cause", "traceparent", "partitionkey", "round", "schema"} & set(bare)
     assert all(value != "" for value in bare.values())
     xml = json.loads(encode(msgspec.structs.replace(event(), datacontenttype="application/xml")))
     assert xml["datacontenttype"] == "application/xml"

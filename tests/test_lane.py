@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from datetime import UTC, date, datetime, timedelta, timezone
@@ -13,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flowlane import ConfigError, Context, Event, Fact, Lane, Permanent, Policy, Unit
-from flowlane.lane import Trigger, duration, fact_stream, kebab, stream_of
+from flowlane.lane import Trigger, duration, fact_stream, group_of, kebab, stream_of
 from flowlane.ports import Cut
 
 
@@ -135,6 +136,49 @@ def test_streams_read_as_people_expect() -> None:
     assert stream_of("gh", Named(name="2024-01-01-0")) == "gh/named/2024-01-01-0"
     assert stream_of("gh", Pair(one="s3://drops/a.zip", two='"e1"')) == "gh/pair/s3://drops/a.zip@%22e1%22"
     assert stream_of("gh", Trigger(slot="2024-01-01T00:00:00Z")) == "gh/run/2024-01-01T00:00:00Z"
+
+
+# --------------------------------------------------------------------------- order keys
+
+
+def fits_sqs(group: str) -> None:
+    """What the API reference says of MessageGroupId: 1 to 128 letters, digits and punctuation."""
+    assert re.fullmatch(r"[A-Za-z0-9!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]{1,128}", group)
+
+
+@given(st.text(), st.text(), st.text(), st.text())
+@example("", "", "", "")
+@example("a", "b@c", "a@b", "c")
+@example("!", "", "", "!")
+@example("x" * 128, "", "x" * 129, "")
+@example("x" * 200 + "1", "", "x" * 200 + "2", "")
+@example("\ud800", "", "\n", "")
+def test_different_order_keys_are_different_groups(a: str, b: str, c: str, d: str) -> None:
+    for order in (("one",), ("one", "two"), ("two", "one")):
+        one, other = (group_of(Pair(one=x, two=y), order) for x, y in ((a, b), (c, d)))
+        fits_sqs(one)
+        assert (one == other) == ((a == c) if order == ("one",) else (a, b) == (c, d))
+
+
+def test_a_group_reads_as_its_key() -> None:
+    assert group_of(Pair(one="Smith & Co", two="eu/1"), ("two", "one")) == "eu/1@Smith%20%26%20Co"
+    assert group_of(Numbered(n=7), ("n", "on")) == "7@2024-01-01"
+    assert group_of(Named(name=""), ("name",)) == "!"
+    assert len(group_of(Named(name="x" * 1000), ("name",))) == 128
+    assert group_of(Named(name="x" * 129), ("name",)).endswith("5d71d5a54f")  # for ever
+
+
+def test_an_order_key_is_of_text_or_numbers() -> None:
+    with pytest.raises(Permanent, match="unit Anything has list in its order field 'n': use text or whole"):
+        group_of(Anything(n=[1]), ("n",))
+
+
+def test_a_stage_knows_its_order_key() -> None:
+    lane = Lane("toy")
+    lane.stage(on=Named, name="one", order="name")(handle)
+    lane.stage(on=Pair, name="two", order=["two", "one"])(handle)
+    lane.stage(on=Numbered, name="three")(handle)
+    assert [stage.order for stage in lane.stages] == [("name",), ("two", "one"), ()]
 
 
 class Keyless(Unit):
@@ -380,6 +424,16 @@ class Notice(Unit, key="n", type="notice"):
         ({"on": Named, "name": "x" * 64}, "stage name"),
         ({"on": Pair, "name": "taken"}, "two stages are called 'taken'"),
         ({"on": Lane.triggered, "name": "again"}, "both handle 'lane.triggered'"),
+        (
+            {"on": Pair, "order": "three"},
+            "Pair has no field 'three' for its order key: name one (or several) of",
+        ),
+        ({"on": Pair, "order": ("one", "three")}, "no field 'three' for its order key"),
+        ({"on": Pair, "order": ["unit_key"]}, "no field 'unit_key' for its order key"),
+        ({"on": Pair, "order": ""}, "no field '' for its order key"),
+        ({"on": Pair, "order": 7}, "no field 7 for its order key"),
+        ({"on": Pair, "order": None}, "no field None for its order key"),
+        ({"on": Lane.completed, "order": "run"}, "order= is for stages on a Unit class"),
     ],
 )
 def test_a_stage_that_cannot_be_is_refused_in_one_line(arguments: dict[str, Any], said: str) -> None:

@@ -20,6 +20,16 @@ def test_everything_that_a_stage_may_do_has_a_row() -> None:
     assert named == {name for name in vars(Context) if not name.startswith("_")}
 
 
+def test_the_lane_with_an_order_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lane.py").write_text(PAGE.split("```python\n")[3].split("```")[0])
+    result = CliRunner().invoke(cli, ["run", "lane.py"])
+    assert result.exit_code == 0, result.output
+    applied = re.findall(r"apply (\w+) (\d)", result.output)
+    assert [n for customer, n in applied if customer == "north"] == ["0", "2"]
+    assert [n for customer, n in applied if customer == "south"] == ["1", "3"]
+
+
 def test_the_lane_with_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PRICES_TOKEN", "secret")

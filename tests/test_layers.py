@@ -11,7 +11,7 @@ SRC = Path(__file__).parents[1] / "src" / "flowlane"
 
 #: Every module and package of flowlane; a package stands for all in it.
 LAYERS: dict[int, tuple[str, ...]] = {
-    0: ("errors", "events", "clock"),
+    0: ("errors", "events", "clock", "veil"),
     1: ("ports", "state", "lane", "streams"),
     2: (
         "attempt",
@@ -22,6 +22,8 @@ LAYERS: dict[int, tuple[str, ...]] = {
         "engine",
         "handling",
         "landing",
+        "letters",
+        "notices",
         "plan",
         "pump",
         "redrive",
@@ -31,7 +33,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
         "transfer",
     ),
     3: ("backends", "connectors", "hookspecs", "plugins", "settings"),
-    4: ("compose", "recipes"),
+    4: ("compose", "connections", "recipes"),
     5: ("aws_lambda", "worker"),
     6: ("__main__", "cli"),
 }

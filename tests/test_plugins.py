@@ -17,7 +17,8 @@ import pytest
 from flowlane import ConfigError, hookspecs
 from flowlane.backends.memory import MemoryBackend
 from flowlane.clock import SystemClock
-from flowlane.compose import OpenConnections, open_application
+from flowlane.compose import open_application
+from flowlane.connections import OpenConnections
 from flowlane.errors import PluginError, redact
 from flowlane.hookspecs import API, Kind, Provides, hookimpl
 from flowlane.lane import Lane
@@ -257,7 +258,8 @@ def loaded(folder: Path) -> subprocess.CompletedProcess[str]:
         from flowlane.errors import PluginError
         from flowlane.plugins import Registry
         try:
-            print(sorted(row["plugin"] for row in Registry.load().provided() if row["plugin"] != "builtin"))
+            ours = ("builtin", "aws")
+            print(sorted(row["plugin"] for row in Registry.load().provided() if row["plugin"] not in ours))
         except PluginError as error:
             print("refused:", error)
         """
@@ -372,9 +374,10 @@ async def test_secret_references_in_the_backends_options_are_resolved(
     monkeypatch.setenv("HOW_SAFE", "perhaps")
     lane = _lane()
     settings = Settings(backend="sqlite:///x.db?synchronous=env%3A%2F%2FHOW_SAFE")
-    with pytest.raises(ConfigError, match="synchronous=perhaps"):
+    with pytest.raises(ConfigError, match=r"synchronous=\*\*\* is neither") as caught:
         async with open_application([lane], settings):
             pass
+    assert "perhaps" not in repr(caught.value)
 
 
 @pytest.mark.parametrize("path", ["no_such_module_of_ours:x", f"{HERE}:no_such_name", "json"])

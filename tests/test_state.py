@@ -27,7 +27,13 @@ from flowlane.state import (
 
 RUN = "toy/run/1"
 OWN = {value for name, value in vars(events).items() if name.isupper() and isinstance(value, str)}
-LANE = {events.LANE_TRIGGERED, events.LANE_COMPLETED, events.LANE_FAILED, events.LANE_DEAD}
+LANE = {
+    events.LANE_TRIGGERED,
+    events.LANE_COMPLETED,
+    events.LANE_FAILED,
+    events.LANE_DEAD,
+    events.LANE_NOTIFY,
+}
 TERMINAL = {
     events.UNIT_SETTLED: "settled",
     events.UNIT_SKIPPED: "skipped",

@@ -23,7 +23,8 @@ from flowlane.errors import ConfigError, Fenced, Permanent, VersionConflict
 from flowlane.events import Event
 from flowlane.handling import Handling, payload
 from flowlane.landing import copy
-from flowlane.lane import Dead, F, Stage, fact_stream
+from flowlane.lane import Completed, Dead, F, Stage, fact_stream
+from flowlane.notices import announce
 from flowlane.ports import (
     Append,
     Commit,
@@ -38,6 +39,7 @@ from flowlane.ports import (
 )
 from flowlane.state import Counts, Progress, Transfer, progress
 from flowlane.transfer import Selection, load
+from flowlane.veil import conceal
 
 if TYPE_CHECKING:
     from flowlane.engine import Engine
@@ -46,7 +48,9 @@ _MAX_STEP_RESULT = 64 * 1024
 #: What the log is asked to hold of a unit's state while it goes on: its end, with its reason, must fit too.
 _MAX_PROGRESS = events.MAX_EVENT_BYTES - 16 * 1024
 _NO_COUNTS = Counts()
-Outcome = Literal["settled", "dead", "retried", "continued", "conflict", "released", "failed"]
+_ONE_CHILD = msgspec.Raw(b'{"children":1}')
+#: "again": as "retried" or "continued", with the delivery that is there, which was given back for it.
+Outcome = Literal["settled", "dead", "retried", "continued", "again", "conflict", "released", "failed"]
 Terminal = Literal["unit.settled", "unit.skipped", "unit.superseded", "unit.dead"]
 
 
@@ -58,6 +62,7 @@ class Attempt:
     lost = False
     moved = False
     began = 0.0
+    again = -1.0  #: seconds for which the delivery is given back, once the last commit is through
     kind: Terminal = "unit.settled"
     final: Event | None = None
     #: Not a closure: it would hold the attempt, and each would wait for the garbage collector.
@@ -132,16 +137,18 @@ class Attempt:
 
     # ------------------------------------------------------------------ appending
 
-    def make(self, kind: str, data: Progress | Mapping[str, int] | None) -> Event:
+    def make(self, kind: str, data: Progress | Mapping[str, int] | msgspec.Raw | None) -> Event:
         """The next event of the unit's own stream."""
         engine, origin = self.engine, self.origin
+        if type(data) is not msgspec.Raw:
+            data = events.EMPTY if data is None else msgspec.Raw(events.encode_data(data))
         return Event(
             engine.next_id(),
             origin.source,
             kind,
             origin.subject,
             engine.stamp(),
-            events.EMPTY if data is None else msgspec.Raw(events.encode_data(data)),
+            data,
             self.version + 1,
             origin.run,
             origin.round,
@@ -150,6 +157,7 @@ class Attempt:
             "",
             1,
             origin.traceparent,
+            origin.partitionkey,
         )
 
     async def start(self) -> None:
@@ -329,7 +337,9 @@ class Attempt:
         if self._progress is None and kind == events.UNIT_SETTLED and self.origin.version == 1:
             # What its progress would be, and its tally, without making them for each of many small units.
             found = len(self._findings.children) if self._findings else 0
-            self.final = own = self.make(kind, {"children": found} if found else None)
+            self.final = own = self.make(
+                kind, _ONE_CHILD if found == 1 else {"children": found} if found else None
+            )
             counted = self.handling.counted
             tally = self.handling.settled(own.run, own.round) if counted else self._final_tally(kind)
             return self._commit(own, tally, ack=self.delivery)
@@ -408,11 +418,15 @@ class Attempt:
 
     def postpone(self, kind: str, delay: float, reason: str = "") -> Commit:
         """The commit that hands the unit to a later delivery, for a retry or a continuation, and registers
-        what was found up to here."""
+        what was found up to here. A stage with an order key has the same delivery again: another one would
+        be behind all of its group."""
         self.ending = (kind, delay, reason)
         self.progress.reason = reason
         self.progress.delay = delay
         self.final = self._make_counting(kind)
+        if self.handling.order:
+            self.again, self.outcome = delay, "again"
+            return self._commit(self.final, ())
         return self._commit(self.final, (), ack=self.delivery, again=delay)
 
     def _make_counting(self, kind: str) -> Event:
@@ -500,11 +514,15 @@ class Attempt:
         self._stepped |= {name}
         return steps[name]
 
-    async def secret(self, reference: str) -> str:
-        return await self.engine.connections.secret(reference)
+    async def announce(self, told: Completed) -> None:
+        """See ``notices``; for the stage of ``Policy.notify``, not for handlers."""
+        await announce(self, told)
+
+    async def secret(self, reference: str, *, fresh: bool = False) -> str:
+        return await self.engine.connections.secret(reference, fresh=fresh)
 
     def skip(self, reason: str) -> None:
-        self.progress.reason = reason
+        self.progress.reason = conceal(reason)
         self.kind = "unit.skipped"
 
     def transfer(self, name: str) -> Transfer:

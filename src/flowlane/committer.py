@@ -227,7 +227,9 @@ class Committer:
                     who.set_exception(answer)
                 else:
                     who.set_result(answer)
-            elif type(answer) is Committed and answer.tally is not None and not answer.tally:
+            elif (
+                type(answer) is Committed and who.again < 0 and answer.tally is not None and not answer.tally
+            ):
                 self.on_ended(who.delivery, who.outcome)
             else:
                 resolving += 1

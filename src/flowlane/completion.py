@@ -11,7 +11,7 @@ import msgspec
 from flowlane import events
 from flowlane.errors import VersionConflict
 from flowlane.events import Event
-from flowlane.lane import Completed, Unit, stream_of
+from flowlane.lane import Completed, Notify, Unit, stream_of
 from flowlane.ports import Append, Commit, Committed, Publish
 from flowlane.report import build_report
 from flowlane.state import Progress, RunTally, failure, progress, status
@@ -56,7 +56,7 @@ async def complete(engine: Engine, run: str, round: int, *, known: RunTally | No
         result = await engine.commit(commit)
         if isinstance(result, VersionConflict) and run not in result.heads:
             # An older release told of each round by itself: of this one while others were still at work.
-            result = await engine.commit(Commit(commit.appends[:1]))
+            result = await engine.commit(_without(commit, result))
         if not isinstance(result, VersionConflict):
             engine.moved.set()
             engine.moved = asyncio.Event()
@@ -107,15 +107,24 @@ async def _completion(engine: Engine, head: Event, now: Progress, ended: dict[in
     )
     appends = [Append(head.subject, head.version, (own,))]
     publish = []
-    kind = lane.completed if report.outcome == "settled" else lane.failed
-    handling = engine.handling(lane.name, kind)
-    if handling is not None:
-        # Named by the last round: another one is opened before the run can come to rest again.
-        told = Completed(run=head.subject, round=now.opened, outcome=report.outcome, report=now.report)
-        first = notice(engine, kind, told, own, handling)
-        appends.append(Append(first.subject, 0, (first,)))
-        publish.append(Publish(first, handling.queue))
+    outcome = lane.completed if report.outcome == "settled" else lane.failed
+    for kind, unit in ((outcome, Completed), (events.LANE_NOTIFY, Notify)):
+        handling = engine.handling(lane.name, kind)
+        if handling is not None:
+            # Named by the last round: another one is opened before the run can come to rest again.
+            told = unit(run=head.subject, round=now.opened, outcome=report.outcome, report=now.report)
+            first = notice(engine, kind, told, own, handling)
+            appends.append(Append(first.subject, 0, (first,)))
+            publish.append(Publish(first, handling.queue))
     return Commit(appends, publish)
+
+
+def _without(commit: Commit, known: VersionConflict) -> Commit:
+    """`commit` without the notices that exist already."""
+    return Commit(
+        [append for append in commit.appends if append.stream not in known.heads],
+        [publish for publish in commit.publish if publish.event.subject not in known.heads],
+    )
 
 
 def notice(engine: Engine, kind: str, unit: Unit, origin: Event, handling: Handling) -> Event:

@@ -2,88 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib
+import logging
 import sys
 import traceback
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from flowlane.clock import Clock, SystemClock
+from flowlane.connections import OpenConnections
 from flowlane.engine import Engine
 from flowlane.errors import ConfigError, FlowlaneError
 from flowlane.lane import Lane
 from flowlane.plugins import Registry
-from flowlane.ports import Backend, Connections, Environment, Notifier, Sink, Source, Store
+from flowlane.ports import Backend, Connections
 from flowlane.settings import Settings
-
-
-class OpenConnections:
-    """Opens what lanes name by URI, once per URI and options, and closes all of it in the end."""
-
-    def __init__(
-        self, registry: Registry, clock: Clock, stack: AsyncExitStack, *, allow_private: bool
-    ) -> None:
-        self._registry = registry
-        self._stack = stack
-        self._opened: dict[tuple[str, str, str], Any] = {}
-        self._locks: dict[tuple[str, str, str], asyncio.Lock] = {}
-        self.environment = Environment(clock, self, allow_private)
-
-    async def store(self, url: str) -> Store:
-        """The store of `url`'s scheme."""
-        plain, options = self._registry.split("store", url)
-        scheme = plain.partition("://")[0]
-        store: Store = await self._keep("store", f"{scheme}://", plain, options)
-        return store
-
-    def source(self, url: str, options: Mapping[str, Any]) -> AbstractAsyncContextManager[Source]:
-        """The source at `url`, closed with its context."""
-        return self._fresh("source", url, options)
-
-    @asynccontextmanager
-    async def sink(self, url: str, options: Mapping[str, Any]) -> AsyncIterator[Sink]:
-        """The sink at `url`, shared by all that write to it and closed in the end."""
-        plain, given = await self.options("sink", url, options)
-        yield await self._keep("sink", plain, plain, given)
-
-    def notifier(self, url: str) -> AbstractAsyncContextManager[Notifier]:
-        """The notifier at `url`, closed with its context."""
-        return self._fresh("notifier", url, {})
-
-    async def secret(self, reference: str) -> str:
-        """The secret named by `reference`."""
-        provider = await self._keep("secrets", reference.partition("://")[0] + "://", reference, {})
-        value: str = await provider.get(reference)
-        return value
-
-    @asynccontextmanager
-    async def _fresh(self, kind: Any, url: str, options: Mapping[str, Any]) -> AsyncIterator[Any]:
-        plain, given = await self.options(kind, url, options)
-        async with self._registry.open(kind, plain, self.environment, given) as opened:
-            yield opened
-
-    async def options(self, kind: Any, url: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-        """`url` without its options, and these and `options` with every secret reference resolved."""
-        plain, given = self._registry.split(kind, url)
-        secrets = tuple(f"{scheme}://" for scheme in self._registry.schemes("secrets"))
-        wanted: dict[str, Any] = {**given, **options}
-        for name, value in wanted.items():
-            if isinstance(value, str) and value.startswith(secrets):
-                wanted[name] = await self.secret(value)
-        return plain, wanted
-
-    async def _keep(self, kind: Any, name: str, url: str, options: Mapping[str, Any]) -> Any:
-        key = (kind, name, repr(sorted(options.items(), key=lambda item: item[0])))
-        async with self._locks.setdefault(key, asyncio.Lock()):
-            if key not in self._opened:
-                opening = self._registry.open(kind, url, self.environment, options)
-                self._opened[key] = await self._stack.enter_async_context(opening)
-        return self._opened[key]
+from flowlane.veil import concealing
 
 
 class Application:
@@ -129,19 +66,16 @@ async def open_application(
             raise ConfigError(f"two lanes are called {name!r}: their streams would mix; rename one")
     clock = clock or SystemClock()
     registry = registry or Registry.load()
-    if told := next((lane.name for lane in lanes for stage in lane.stages if stage.policy.notify), ""):
-        raise ConfigError(
-            f"lane {told}: notify= is not served yet: write a stage on lane.completed or lane.failed"
-        )
+    for lane in lanes:
+        if lane.policy.notify:  # that nothing opens it is said now, not when a run has ended
+            registry.split("notifier", lane.policy.notify)
     async with AsyncExitStack() as stack:
+        for name in ("flowlane", "asyncio"):  # the loop tells of errors that nobody waits for
+            stack.enter_context(concealing(logging.getLogger(name)))
         connections = OpenConnections(registry, clock, stack, allow_private=settings.allow_private_hosts)
         used = backend
         if used is None:
-            plain, options = await connections.options("backend", settings.backend, {})
-            used = await stack.enter_async_context(
-                registry.open("backend", plain, connections.environment, options)
-            )
-        assert used is not None
+            used = await stack.enter_async_context(connections.backend(settings.backend))
         engine = Engine(lanes, used, connections, clock, quarantine=_quarantine(settings))
         yield Application(lanes, settings, registry, used, engine)
 

@@ -10,7 +10,7 @@ import msgspec
 from flowlane import events
 from flowlane.errors import Permanent, VersionConflict
 from flowlane.events import Event
-from flowlane.lane import Fact, Unit, fact_stream, stream_of
+from flowlane.lane import Fact, Unit, fact_stream, group_of, stream_of
 from flowlane.ports import Append, Publish, Tally
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ class Findings:
         """Take the unit `item` that the handler of `attempt` yielded.
 
         Raises:
-            Permanent: it is no unit, no stage handles such units, or its event is too long.
+            Permanent: it is no unit, no stage handles such units, its event is too long, or its order key
+                cannot be one.
         """
         stage = attempt.stage
         if not isinstance(item, Unit):
@@ -86,6 +87,7 @@ class Findings:
         stream = stream_of(lane, item)
         if stream in self.children or stream == origin.subject:  # a page that links to itself
             return
+        group = group_of(item, handling.order) if handling.order else ""
         child = Event(
             engine.next_id(),
             lane,
@@ -101,10 +103,11 @@ class Findings:
             handling.cut,
             item.unit_schema,
             origin.traceparent,
+            group,
         )
         if len(child.data) > events.SURELY_FITS:
             events.encode(child)  # refused now, by name, rather than with all that is committed along with it
-        self.children[stream] = Publish(child, handling.queue)
+        self.children[stream] = Publish(child, handling.queue, 0.0, False, group)
 
     async def conclude(self, attempt: Attempt, fact: Fact) -> None:
         """Take the fact that the handler of `attempt` yielded."""
@@ -140,14 +143,19 @@ class Findings:
     def actions(self, attempt: Attempt, own: Event) -> tuple[list[Append], list[Publish], Iterable[Tally]]:
         """What a commit whose own event is `own` does to register them."""
         appends = [Append(own.subject, attempt.version, (own,))]
-        published = list(self.children.values())
+        published = [*self.children.values()]
+        queues = attempt.engine.queues
+        if len(published) == 1 and not self._facts:
+            (only,) = published
+            appends.append(Append(only.event.subject, 0, (only.event,)))
+            handling = queues[only.stage]
+            return appends, published, (handling.found(own.run, own.round, 1),) if handling.counted else ()
         found: dict[str, int] = {}
         for stream, publish in self.children.items():
             appends.append(Append(stream, 0, (publish.event,)))
             found[publish.stage] = found.get(publish.stage, 0) + 1
         for stream, (expected, event) in self._facts.items():
             appends.append(Append(stream, expected, (event,)))
-        queues = attempt.engine.queues
         tallies = [
             handling.found(own.run, own.round, count)
             for queue, count in found.items()

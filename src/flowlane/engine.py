@@ -36,6 +36,7 @@ from flowlane.ports import (
     Publish,
 )
 from flowlane.state import status
+from flowlane.veil import conceal
 
 if TYPE_CHECKING:
     from flowlane.pump import Slot
@@ -142,12 +143,18 @@ class Engine:
             "",
             1,
             origin.traceparent,
+            origin.partitionkey,
         )
 
     # ------------------------------------------------------------------ triggering
 
     async def trigger(self, lane: str, slot: str, *, by: str = "run", event: Any = None) -> tuple[str, bool]:
-        """Open the run of `lane` named by `slot`: its stream, and whether this call opened it."""
+        """Open the run of `lane` named by `slot`: its stream, and whether this call opened it.
+
+        Raises:
+            ConfigError: the log is missing, or may not be used: nothing was started.
+            Retryable: the log is away; whether the run is open is unknown.
+        """
         handling = self._types[lane, events.LANE_TRIGGERED]
         trigger = Trigger(slot=slot, by=by, at=self.stamp(), event=event)
         run = stream_of(lane, trigger)
@@ -167,9 +174,13 @@ class Engine:
             1,
             _attribute(event, "traceparent"),
         )
-        result = await self.commit(
-            Commit(appends=(Append(run, 0, (first,)),), publish=(Publish(first, handling.stage.queue),))
-        )
+        opening = Commit((Append(run, 0, (first,)),), (Publish(first, handling.stage.queue),))
+        try:
+            result = await self.commit(opening)
+        except Retryable as error:
+            if isinstance(error.__cause__, ConfigError):
+                raise error.__cause__ from None
+            raise
         return run, not isinstance(result, VersionConflict)
 
     # ------------------------------------------------------------------ committing
@@ -237,7 +248,7 @@ class Engine:
         entered = False
         try:
             if delivery.attempt > 1 or head.version != event.version:
-                wait = 0.0 if self._was_ours(head) else self._somebody_at_work(head, handling.stage)
+                wait = 0.0 if self._was_ours(head) else self.at_work(head, handling.stage)
                 if wait > 0:
                     await delivery.nack(delay=wait)
                     return "released"
@@ -286,7 +297,7 @@ class Engine:
         """Whether the attempt that `head` tells of was made here, and is over: no reason to wait for it."""
         return head.id.startswith(self._prefix) and head.subject not in self._busy
 
-    def _somebody_at_work(self, head: Event, stage: Stage) -> float:
+    def at_work(self, head: Event, stage: Stage) -> float:
         """How long to leave the unit alone, seconds. A courtesy, not a lock: versions decide who may commit,
         so a wrong clock costs a repetition at worst."""
         if head.type not in _AT_WORK:
@@ -424,13 +435,22 @@ class Engine:
                 commit = attempt.end_again(result)
                 result = await self.commit(commit)
             assert isinstance(result, Committed)
-            if lost:
+            if attempt.again >= 0:
+                await self._give_back(attempt)
+            elif lost:
                 await attempt.delivery.ack()  # of a queue that does not commit along with the log
             await complete_after(self, commit, result)
         except VersionConflict:
             attempt.outcome = await self.conflict(attempt.delivery)
         except Permanent as error:
             await self._refused(attempt, error)
+
+    async def _give_back(self, attempt: Attempt) -> None:
+        """The delivery stays at the head of its group and comes again, when it is due or its lease ends."""
+        try:
+            await attempt.delivery.nack(delay=attempt.again)
+        except Exception as error:  # noqa: BLE001  # the queue is away; the lease will run out
+            logger.debug("%s: its delivery is not given back: %s", attempt.unit, describe(error))
 
     async def _refused(self, attempt: Attempt, error: Permanent) -> None:
         """The log will never take what the attempt decided (an event is too long, say): the unit is dead,
@@ -473,7 +493,7 @@ def describe(error: BaseException) -> str:
         said = ""
     # Text that UTF-8 cannot hold, such as a file's undecodable name, would make the event that tells of it
     # impossible, and its unit with it.
-    said = said.encode("utf-8", "backslashreplace").decode()
+    said = conceal(said.encode("utf-8", "backslashreplace").decode())
     text = " ".join(said.split()) or type(error).__name__
     if not isinstance(error, Permanent | Retryable | ConfigError | Superseded | Fenced | Interrupted):
         text = f"{type(error).__name__}: {text}"

@@ -6,6 +6,7 @@
     ├── ConfigError           the user's settings, lane, URI or file are wrong: exit code 2, one line
     │   └── PluginError       a plugin failed to load or collides with another; names the plugin
     ├── Retryable             may go right later: retried by the stage's policy, then the unit is dead
+    │   ├── Unauthorized      the credentials were refused: their secrets are fetched anew before that
     │   └── Incomplete        a body ended before its end
     │       └── Damaged       the whole body is there, and is not what it claims to be: begin afresh
     ├── Permanent             will not go right by itself: the unit is dead at once, with the reason
@@ -42,6 +43,14 @@ class Retryable(FlowlaneError):
     def __init__(self, message: str, *, delay: float | None = None) -> None:
         super().__init__(message)
         self.delay = delay
+
+
+class Unauthorized(Retryable):
+    """The other side refuses the credentials, which may have been rotated since they were fetched.
+
+    Raised by whoever opens something, or by what was opened. Where they came by secret reference, they are
+    fetched anew: opening is tried again at once, anything else by the stage's policy.
+    """
 
 
 class Incomplete(Retryable):

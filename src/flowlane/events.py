@@ -49,6 +49,7 @@ LANE_TRIGGERED: Final = "lane.triggered"
 LANE_COMPLETED: Final = "lane.completed"
 LANE_FAILED: Final = "lane.failed"
 LANE_DEAD: Final = "lane.dead"
+LANE_NOTIFY: Final = "lane.notify"
 
 
 class Event(msgspec.Struct, frozen=True, tag_field="specversion", tag="1.0", omit_defaults=True, gc=False):
@@ -76,6 +77,7 @@ class Event(msgspec.Struct, frozen=True, tag_field="specversion", tag="1.0", omi
     cut: str = ""  #: extension, first events only: the cutting policy, "rows/bytes"
     schema: int = 1  #: extension: version of the payload's schema
     traceparent: str = ""  #: extension "Distributed Tracing"
+    partitionkey: str = ""  #: extension "Partitioning": the unit's group, where its stage has an order key
     datacontenttype: str = "application/json"
 
 
@@ -122,6 +124,20 @@ def decode(raw: bytes | str) -> Event:
     if "specversion" not in fields:  # msgspec takes a missing tag for the only one there is
         raise Permanent("not a CloudEvents 1.0 event: Object missing required field `specversion`")
     return event
+
+
+class Reference(msgspec.Struct, frozen=True, tag_field="flowlane", tag="reference"):
+    """Where in the log an event stands: what a queue carries for one that is too long for its messages,
+    as JSON ``{"flowlane": "reference", "stream": ..., "version": ..., "id": ...}``."""
+
+    stream: str
+    version: int
+    id: str
+
+
+def refer(event: Event) -> Reference:
+    """The reference to `event`, which must stand in the log."""
+    return Reference(event.subject, event.version, event.id)
 
 
 Upcaster = Callable[[Any], Any]

@@ -10,7 +10,7 @@ import msgspec
 from flowlane import events
 from flowlane.errors import ConfigError, Permanent
 from flowlane.events import Event
-from flowlane.lane import Stage
+from flowlane.lane import Stage, shortened
 from flowlane.ports import Tally
 
 
@@ -27,6 +27,7 @@ class Handling:
         "generator",
         "handler",
         "name",
+        "order",
         "queue",
         "stage",
     )
@@ -36,6 +37,7 @@ class Handling:
         self.chunk = chunk  #: see ``discovery.chunk``
         self.name = stage.name
         self.queue = stage.queue
+        self.order = stage.order
         self.counted = stage.counted
         self.handler = stage.handler
         self._settled = (Tally("", 0, stage.name, 0, 1),)
@@ -48,6 +50,13 @@ class Handling:
                 f"stage {stage.name} of lane {stage.lane} is not async: "
                 f"write `async def {stage.handler.__name__}`"
             )
+
+    def group(self, head: Event) -> str:
+        """The group under which the unit whose last event is `head` is published; none without an order key.
+        A unit that was found before its stage had one is a group by itself."""
+        if not self.order:
+            return ""
+        return head.partitionkey or shortened(head.subject)
 
     def settled(self, run: str, round: int) -> tuple[Tally, ...]:
         """What a unit that settles without records adds to its run's counters: the same for all of them."""

@@ -6,8 +6,10 @@ be pinned (an ETag), what was uploaded before a crash or a deadline is kept and 
 
 from __future__ import annotations
 
+import logging
+from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -18,6 +20,7 @@ from flowlane.errors import (
     ConfigError,
     Damaged,
     Fenced,
+    FlowlaneError,
     Incomplete,
     Permanent,
     Retryable,
@@ -32,6 +35,11 @@ from flowlane.streams.members import inflater
 
 if TYPE_CHECKING:
     from flowlane.attempt import Attempt
+
+logger = logging.getLogger("flowlane")
+
+#: The token of a unit's first attempt: nobody has tried before.
+_FIRST = 2
 
 
 async def copy(  # the parameters are the promise of ``Context.copy``
@@ -56,6 +64,7 @@ async def copy(  # the parameters are the promise of ``Context.copy``
     landed = await _landed(attempt, target, to, state.whole)
     if landed is not None:
         _done(attempt, name, state.whole, state.etag)
+        await _tidy(attempt, target, to)
         return landed
     owner = f"{attempt.unit}#{attempt.progress.token}"
     resume, position = (state.upload, state.position.offset) if state.etag else ("", 0)
@@ -67,16 +76,34 @@ async def copy(  # the parameters are the promise of ``Context.copy``
         if upload.position != position or not position:
             state = Transfer(high=state.high)
         work = _Copy(attempt, name, state, upload, url, to, verify == "content")
-        await work.log(events.UPLOAD_OPENED)
+        try:
+            await work.log(events.UPLOAD_OPENED)
+        except FlowlaneError:
+            if not upload.position:  # nobody knows of it, and nothing is in it
+                with suppress(FlowlaneError):
+                    await upload.abort()
+            raise
         try:
             await work.run(source, headers, etag)
-            return await work.publish()
+            landed = await work.publish()
         except Fenced as error:
             if isinstance(error, VersionConflict) or attempt.lost:
                 raise
             if work.whole and not overwrite and await target.head(to) is not None:
                 raise  # another object stands there
             raise work.robbed(error) from error
+    await _tidy(attempt, target, to)
+    return landed
+
+
+async def _tidy(attempt: Attempt, target: Store, to: str) -> None:
+    """Leave no unfinished upload of earlier attempts: one that died between making its upload and logging it
+    could tell nobody. Should another be at work there all the same, it finds so, and begins afresh."""
+    if attempt.progress.token > _FIRST:
+        try:
+            await target.discard(to, "")
+        except FlowlaneError as error:
+            logger.warning("%s: unfinished uploads to %s are left: %s", attempt.unit, redact(to), error)
 
 
 #: How files begin: gzip (RFC 1952, 2.3.1); Zstandard, with a frame or one to be skipped (RFC 8878, 3.1); zip,
@@ -106,6 +133,7 @@ class _Copy:
         self.crc = 0
         self.whole = False  # read to its end, and proven
         self._crc32 = inflater().crc32
+        self._written: deque[Position] = deque()  # where each write ended, since the last mark
         self.logged_at = attempt.engine.clock.monotonic()
 
     async def log(self, kind: str) -> None:
@@ -158,6 +186,7 @@ class _Copy:
                 rest = block[cut:] if cut else block
                 await self._digest(rest)
                 await self.upload.write(rest)
+                self._written.append(Position(self.offset, 0, self.crc))
             if self.offset > goal and self.attempt.near_deadline():
                 await self._keep()
                 raise Interrupted(f"{self.offset:,} bytes of {self.where} have landed so far")
@@ -206,12 +235,14 @@ class _Copy:
         if not self.state.etag:
             return
         flushed = await self.upload.flush()
-        if flushed == self.offset:
-            position = Position(self.offset, 0, self.crc)
-            if self.offset > self.state.high:
+        # Not all of it, where a store keeps large parts only; but up to the end of some write.
+        while self._written and self._written[0].offset < flushed:
+            self._written.popleft()
+        if self._written and self._written[0].offset == flushed:
+            if flushed > self.state.high:
                 self.attempt.note_move()
-            high = max(self.state.high, self.offset)
-            self.state = msgspec.structs.replace(self.state, position=position, high=high)
+            high = max(self.state.high, flushed)
+            self.state = msgspec.structs.replace(self.state, position=self._written[0], high=high)
         self.attempt.progress.transfers[self.name] = self.state
 
     async def _discard(self) -> None:

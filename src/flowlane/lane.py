@@ -25,6 +25,9 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|w)")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _PLAIN = re.compile(r"[A-Za-z0-9_.:/+=,~-]*")
 _MAX_STREAM = 400
+_MAX_GROUP = (
+    128  # of SQS's MessageGroupId, which takes letters, digits and punctuation: all of ``_PLAIN``, %, @, !
+)
 
 
 def duration(text: str | float) -> float:
@@ -125,11 +128,14 @@ def stream_of(lane: str, unit: Unit) -> str:
         ConfigError: the unit has no key.
         Permanent: a key's value is not text, a whole number, a boolean or a moment.
     """
-    if not unit.unit_key:
+    key = unit.unit_key
+    if len(key) == 1 and type(value := getattr(unit, key[0])) is int and value.bit_length() < 64:
+        return f"{lane}/{unit.unit_type}/{value}"  # what ``_stream`` would make of it, for many small units
+    if not key:
         raise ConfigError(
             f"unit {type(unit).__name__} has no key: declare it as class {type(unit).__name__}(Unit, key=...)"
         )
-    return _stream(lane, type(unit), [getattr(unit, name) for name in unit.unit_key])
+    return _stream(lane, type(unit), [getattr(unit, name) for name in key])
 
 
 def _stream(lane: str, unit: type[Unit], values: Sequence[Any]) -> str:
@@ -145,7 +151,30 @@ def _stream(lane: str, unit: type[Unit], values: Sequence[Any]) -> str:
     return stream
 
 
-def _key_part(unit: type[Unit], number: int, value: Any) -> str:
+def group_of(unit: Unit, order: Sequence[str]) -> str:
+    """The value of `unit`'s order key, which is made of the fields named in `order`, as a short text.
+
+    Printable ASCII without spaces, never empty, the same in every process and release; different values of
+    one type never share one.
+
+    Raises:
+        Permanent: a value is not text, a whole number, a boolean or a moment.
+    """
+    # "!" is in no key that is not empty, and in none that was not cut: see ``_stream``.
+    kind = type(unit)
+    group = "@".join([_key_part(kind, n, getattr(unit, name), order) for n, name in enumerate(order)]) or "!"
+    return shortened(group)
+
+
+def shortened(group: str) -> str:
+    """`group`, or the beginning and a hash of one that is longer than a group may be."""
+    if len(group) > _MAX_GROUP:
+        group = f"{group[: _MAX_GROUP - 33]}!{blake2b(group.encode(), digest_size=16).hexdigest()}"
+    return group
+
+
+def _key_part(unit: type[Unit], number: int, value: Any, order: Sequence[str] = ()) -> str:
+    """`value`, of the key's field of that number, or of the order key's if it is of `order`."""
     if isinstance(value, str):
         return value if _PLAIN.fullmatch(value) else quote(value, safe=":/+=,~", errors="surrogatepass")
     if isinstance(value, int):
@@ -154,9 +183,9 @@ def _key_part(unit: type[Unit], number: int, value: Any) -> str:
         return events_time(value)
     if isinstance(value, date):
         return str(value)
+    field = f"order field {order[number]!r}" if order else f"key field {unit.unit_key[number]!r}"
     raise Permanent(
-        f"unit {unit.__name__} has {type(value).__name__} in its key field {unit.unit_key[number]!r}: "
-        "use text or whole numbers"
+        f"unit {unit.__name__} has {type(value).__name__} in its {field}: use text or whole numbers"
     )
 
 
@@ -210,6 +239,11 @@ class Completed(Unit, key=("run", "round"), type="notice"):
     report: dict[str, Any]
 
 
+class Notify(Completed, key=("run", "round"), type="notify"):
+    """What ``Policy.notify`` is told, by a unit of its own: neither it nor the lane's own stages on
+    ``lane.completed`` and ``lane.failed`` wait for each other."""
+
+
 class Dead(Unit, key=("unit", "round"), type="dead"):
     """What ``lane.dead`` carries, once per dead unit and round."""
 
@@ -227,8 +261,11 @@ class Policy:
     retries: int = 5  #: further attempts after the first, counted anew when the unit has moved on
     timeout: float | str = 900.0  #: for one attempt
     error_budget: float = 0.01  #: share of a run's records that may be quarantined before it has failed
-    quarantine: str | None = None  #: URI of the folder for bad records; beside the backend by default
-    notify: str | None = None  #: URI of a notifier, told of every completed or failed run
+    quarantine: str | None = field(default=None, repr=False)
+    """URI of the folder for bad records; beside the backend by default. As ``notify`` not shown: options of
+    URIs may be secrets."""
+    notify: str | None = field(default=None, repr=False)
+    """URI of a notifier, told of every completed or failed run; of lanes, not of single stages."""
     schema: Literal["evolve", "freeze", "quarantine"] = "evolve"  #: what new columns do
     backoff: float | str = (
         1.0  #: the first retry waits a random time up to this, doubled with each further one
@@ -283,6 +320,7 @@ class Stage:
     unit: type[Unit]
     handler: Handler
     policy: Policy
+    order: tuple[str, ...] = ()  #: the order key: fields of the unit
 
     @property
     def queue(self) -> str:
@@ -292,7 +330,7 @@ class Stage:
     @property
     def counted(self) -> bool:
         """Whether its units count in the run's tally: not the run itself, nor notices about it."""
-        return self.on not in _OWN
+        return self.on not in _OWN and self.on != events.LANE_NOTIFY
 
 
 _OWN: Mapping[str, type[Unit]] = {
@@ -303,7 +341,13 @@ _OWN: Mapping[str, type[Unit]] = {
 }
 
 #: Unit types whose streams the engine names itself.
-_RESERVED = frozenset(unit.unit_type for unit in _OWN.values())
+_RESERVED = frozenset({unit.unit_type for unit in _OWN.values()} | {Notify.unit_type})
+
+
+async def _notify(event: Any, ctx: Any) -> None:
+    """The stage that ``Policy.notify`` stands for; `ctx` is the engine's own."""
+    await ctx.announce(event.data)
+
 
 View = Callable[[Any], Awaitable[dict[str, Any]]]
 
@@ -332,15 +376,24 @@ class Lane:
             raise ConfigError(f"lane name {self.name!r}: use lower case letters, digits, dashes; at most 63")
         if self.every is not None:
             duration(self.every)
+        if self.policy.notify:
+            # No record goes through it: what others may lose of theirs is not for it to say.
+            policy = replace(self.policy, error_budget=0.0)
+            self._add(Stage("notify", self.name, events.LANE_NOTIFY, Notify, _notify, policy))
 
-    def stage(self, *, on: Any, name: str | None = None, **policy: Any) -> Callable[[H], H]:
+    def stage(
+        self, *, on: Any, name: str | None = None, order: str | Sequence[str] = (), **policy: Any
+    ) -> Callable[[H], H]:
         """Subscribe the decorated ``async def handler(event, ctx)`` to units of the type `on`, or to
         ``lane.triggered``, ``completed``, ``failed`` or ``dead``. Keywords override the lane's policy.
 
-        The handler may be a coroutine, or an async generator that yields the units it finds.
+        The handler may be a coroutine, or an async generator that yields the units it finds. ``order`` names
+        the field (or fields) of the unit that are its order key: units with the same value are handled one
+        after the other, in the order in which they were registered; others beside them.
 
         Raises:
-            ConfigError: the type has a stage already, or a keyword is no part of the policy.
+            ConfigError: the type has a stage already, a keyword is no part of the policy, or the unit has no
+                field that ``order`` names.
         """
         unit: Any = _OWN.get(on) if isinstance(on, str) else on
         if unit is None or not (isinstance(unit, type) and issubclass(unit, Unit)) or issubclass(unit, Fact):
@@ -353,11 +406,16 @@ class Lane:
                 f"lane {self.name}: unit {unit.__name__} has the type {kind!r}, "
                 "whose streams are the engine's own: rename the class or give it a type="
             )
+        key = self._order_key(on, unit, order)
         known = {f.name for f in fields(Policy)}
         unknown = sorted(set(policy) - known)
         if unknown:
             raise ConfigError(
                 f"lane {self.name}: no policy {unknown[0]!r}; known: {', '.join(sorted(known))}"
+            )
+        if policy.get("notify"):
+            raise ConfigError(
+                f"lane {self.name}: notify= is for whole lanes: Lane(..., policy=Policy(notify=...))"
             )
 
         def register(handler: H) -> H:
@@ -368,11 +426,27 @@ class Lane:
                 unit=unit,
                 handler=handler,
                 policy=replace(self.policy, **policy),
+                order=key,
             )
             self._add(stage)
             return handler
 
         return register
+
+    def _order_key(self, on: Any, unit: type[Unit], order: str | Sequence[str]) -> tuple[str, ...]:
+        key = tuple(order) if isinstance(order, tuple | list) else (order,)
+        if key and isinstance(on, str):
+            raise ConfigError(
+                f"lane {self.name}: order= is for stages on a Unit class, and {on} is none: leave it out"
+            )
+        known = [field.name for field in msgspec.structs.fields(unit)]
+        for name in key:
+            if name not in known:
+                raise ConfigError(
+                    f"lane {self.name}: unit {unit.__name__} has no field {name!r} for its order key: "
+                    f"name one (or several) of {', '.join(known) or 'its fields, once it has some'} in order="
+                )
+        return key
 
     def _add(self, stage: Stage) -> None:
         for other in self.stages:
@@ -380,6 +454,10 @@ class Lane:
                 raise ConfigError(
                     f"lane {self.name}: {stage.name} and {other.name} both handle {stage.on!r}: "
                     "a unit is settled by one stage; let the first yield another unit for the second"
+                )
+            if other.name == stage.name and other.on == events.LANE_NOTIFY:
+                raise ConfigError(
+                    f"lane {self.name}: the policy's notify= makes a stage {stage.name!r}: give yours a name="
                 )
             if other.name == stage.name:
                 raise ConfigError(f"lane {self.name}: two stages are called {stage.name!r}: give one a name=")
@@ -414,6 +492,7 @@ __all__ = [
     "Dead",
     "Fact",
     "Lane",
+    "Notify",
     "Policy",
     "Stage",
     "Trigger",

@@ -49,8 +49,8 @@ class _Rehearsal:
     async def recall(self, fact: type[F], **key: Any) -> F | None:
         return await LogView(self._engine, self.lane).recall(fact, **key)
 
-    async def secret(self, reference: str) -> str:
-        return await self._engine.connections.secret(reference)
+    async def secret(self, reference: str, *, fresh: bool = False) -> str:
+        return await self._engine.connections.secret(reference, fresh=fresh)
 
     def rows(self, url: str, **options: Any) -> NoReturn:
         self._refuse()

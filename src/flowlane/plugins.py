@@ -188,9 +188,8 @@ class Registry:
         found = self._table.get((kind, scheme)) if separator else None
         if found is None:
             what = f"scheme {scheme!r}" if separator else "no scheme"
-            raise ConfigError(
-                f"{redact(uri)!r} has {what}: as {kind}, flowlane opens {', '.join(self.schemes(kind))}"
-            )
+            opened = ", ".join(self.schemes(kind)) or "nothing: install the plugin that does"
+            raise ConfigError(f"{redact(uri)!r} has {what}: as {kind}, flowlane opens {opened}")
         return found
 
     def _factory(self, item: Provides, name: str) -> Callable[..., AbstractAsyncContextManager[Any]]:

@@ -205,7 +205,9 @@ def _revived(engine: Engine, head: Event, now: Progress, number: int) -> Event:
 
 
 def _owed(engine: Engine, revived: Event) -> Publish:
-    return Publish(revived, f"{revived.source}/{revived.stage}")
+    handling = engine.handling_of(revived)
+    group = handling.group(revived) if handling else ""
+    return Publish(revived, f"{revived.source}/{revived.stage}", group=group)
 
 
 def _event(engine: Engine, kind: str, head: Event, number: int, now: Progress) -> Event:

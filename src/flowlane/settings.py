@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from flowlane.errors import ConfigError
+from flowlane.errors import ConfigError, redact
 
 #: Every variable that flowlane reads, and what it sets.
 VARIABLES = {
@@ -27,6 +27,11 @@ class Settings(msgspec.Struct, frozen=True):
     stage: str = ""
     log_level: str = "warning"
     allow_private_hosts: bool = False
+
+    def __repr__(self) -> str:
+        """What of it may be shown: of the backend's URI all but user, password and options."""
+        fields = {**msgspec.structs.asdict(self), "backend": redact(self.backend)}
+        return f"Settings({', '.join(f'{name}={value!r}' for name, value in fields.items())})"
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> Settings:

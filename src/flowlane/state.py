@@ -80,6 +80,8 @@ class Transfer(msgspec.Struct, frozen=True, omit_defaults=True):
     done: bool = False
     counts: Counts = msgspec.field(default_factory=Counts)
     before: Counts = msgspec.field(default_factory=Counts)  #: loads: what the splits already done had come to
+    kept: Position = Position()  #: loads: where a sink stands that has not made safe what was written since,
+    kept_counts: Counts = msgspec.field(default_factory=Counts)  #: and the counts there
 
 
 class Progress(msgspec.Struct, omit_defaults=True):

@@ -16,6 +16,7 @@ from flowlane.engine import Engine
 from flowlane.errors import FlowlaneError, Retryable
 from flowlane.events import Event
 from flowlane.lane import Stage
+from flowlane.letters import bury
 from flowlane.ports import Commit, Publish
 from flowlane.state import progress, status
 
@@ -29,11 +30,12 @@ _GROUP = 64
 
 
 class Swept(msgspec.Struct):
-    """What one sweep handed to the queues that commits had owed them, found open, queued again, and itself
-    completed; how many unfinished uploads of dead units it discarded; and how many open units are owed to
-    which stages that the lane does not have."""
+    """What one sweep handed to the queues that commits had owed them, ended as dead (see ``letters``), found
+    open, queued again, and itself completed; how many unfinished uploads of dead units it discarded; and how
+    many open units are owed to which stages that the lane does not have."""
 
     resent: int = 0
+    died: int = 0
     open: int = 0
     requeued: int = 0
     completed: int = 0
@@ -52,6 +54,7 @@ async def sweep(engine: Engine, lane: str) -> Swept:
     owed: list[Publish] = []
     try:
         swept.resent = await engine.backend.resend(lane)
+        swept.died = await bury(engine, lane)
         async for head in engine.backend.units(lane, "open"):
             swept.open += 1
             if status(head) == "closed":
@@ -59,7 +62,8 @@ async def sweep(engine: Engine, lane: str) -> Swept:
             elif (handling := engine.handling_of(head)) is None:
                 swept.stranded[head.stage] = swept.stranded.get(head.stage, 0) + 1
             elif _is_due(engine, head, handling.stage):
-                owed.append(Publish(head, handling.stage.queue, repeat=True))
+                group = handling.group(head)
+                owed.append(Publish(head, handling.stage.queue, repeat=True, group=group))
             if len(owed) == _GROUP:
                 swept.requeued += await _publish(engine, owed)
                 owed = []

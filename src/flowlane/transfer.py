@@ -36,6 +36,7 @@ from flowlane.ports import (
     Writer,
 )
 from flowlane.state import Counts, Position, Transfer
+from flowlane.veil import conceal
 
 if TYPE_CHECKING:
     from flowlane.attempt import Attempt
@@ -113,7 +114,7 @@ class _Load:
         async with sink.open(into, self.attempt.ref, state.upload) as writer:
             stands = writer.position
             if stands is not None and stands.row < state.position.row:
-                state = self._begin_again()
+                state = self._go_back(stands)
             async with aclosing(source.read(split, state.position, self.cut)) as batches:
                 async for batch in batches:
                     await self._write(into, writer, batch)
@@ -126,16 +127,27 @@ class _Load:
             etag="",
             upload="",
             before=self.state.counts,
+            kept=Position(),
+            kept_counts=Counts(),
         )
         await self._log(moved=True)
 
-    def _begin_again(self) -> Transfer:
-        """The sink has lost what the log counted on (an unfinished upload, say): the split from its start."""
-        lost = self.state.counts.since(self.state.before)
+    def _go_back(self, stands: Position) -> Transfer:
+        """The sink has less than the log knows of: go on from where it stands, if the counts there are known;
+        if not (an unfinished upload is gone, say), from the split's start."""
+        state = self.state
+        known = bool(stands.row) and stands == state.kept
+        counts = state.kept_counts if known else state.before
         progress = self.attempt.progress
-        progress.counts = progress.counts.since(lost)
-        counts = self.state.counts.since(lost)
-        self.state = msgspec.structs.replace(self.state, position=Position(), upload="", counts=counts)
+        progress.counts = progress.counts.since(state.counts.since(counts))
+        self.state = msgspec.structs.replace(
+            state,
+            position=stands if known else Position(),
+            upload=state.upload if known else "",
+            counts=msgspec.structs.replace(counts),
+            kept=Position(),
+            kept_counts=Counts(),
+        )
         return self.state
 
     async def end(self) -> Counts:
@@ -171,6 +183,7 @@ class _Load:
         total = msgspec.structs.replace(self.state.counts)
         total.add(went)
         moved = batch.end.row > self.state.high
+        self._keep(writer.resume)
         self.state = msgspec.structs.replace(
             self.state,
             position=batch.end,
@@ -183,6 +196,17 @@ class _Load:
         self._check_budget(counts)
         if self.attempt.near_deadline():
             raise Interrupted(f"{batch.end.row:,} rows of {split.url} are loaded so far")
+
+    def _keep(self, resume: str) -> None:
+        """Remember where the sink stood before this batch, if it would still be resumed there."""
+        state = self.state
+        if not resume or resume != state.upload:
+            kept, counts = Position(), Counts()
+        elif state.kept.row:
+            return
+        else:
+            kept, counts = state.position, state.counts
+        self.state = msgspec.structs.replace(state, kept=kept, kept_counts=counts)
 
     async def _log(self, *, moved: bool) -> None:
         self.attempt.progress.transfers[self.name] = self.state
@@ -219,7 +243,7 @@ def apply_map(
         try:
             result: Any = function(record)  # the user's: may be anything
         except BadRecord as error:
-            bad.append(Bad(row, str(error), repr(record)[:1000]))
+            bad.append(Bad(row, conceal(str(error)), repr(record)[:1000]))
             continue
         if result is None:
             went.skipped += 1

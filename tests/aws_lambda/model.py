@@ -1,7 +1,8 @@
 """Small models of what AWS does with a batch and with its answer: the oracle of these tests, written from
 AWS's documentation and not from the code under test (sources in docs/contracts).
 
-``Queue`` is SQS behind an event source mapping with ``ReportBatchItemFailures``, ``Shard`` is Kinesis.
+``Queue`` is SQS behind an event source mapping with ``ReportBatchItemFailures``, ``Shard`` is one of Kinesis
+or of DynamoDB Streams.
 """
 
 from __future__ import annotations
@@ -90,8 +91,10 @@ class Queue:
 
 @dataclass
 class Shard:
-    """Kinesis: goes on behind the batch, or from the lowest sequence number named."""
+    """Goes on behind the batch, or from the lowest sequence number named. With ``items`` it is one of
+    DynamoDB Streams: a record's key is that of its item, its data an attribute."""
 
+    items: bool = False
     records: list[tuple[str, str, bytes]] = field(default_factory=list)  # sequence number, key, data
     position: int = 0
     size: int = 10
@@ -103,7 +106,20 @@ class Shard:
         }
 
     def _record(self, sequence: str, key: str, data: bytes) -> dict[str, Any]:
-        inner = {"partitionKey": key, "sequenceNumber": sequence, "data": base64.b64encode(data).decode()}
+        text = base64.b64encode(data).decode()
+        if self.items:
+            image = {
+                "Keys": {"id": {"S": key}},
+                "NewImage": {"data": {"B": text}},
+                "SequenceNumber": sequence,
+            }
+            source = {
+                "eventSource": "aws:dynamodb",
+                "eventSourceARN": "arn:stream",
+                "eventID": f"e{sequence}",
+            }
+            return {"dynamodb": image, "eventName": "INSERT", **source}
+        inner = {"partitionKey": key, "sequenceNumber": sequence, "data": text}
         return {"kinesis": inner, "eventSource": "aws:kinesis", "eventID": f"shardId-0:{sequence}"}
 
     def settle(self, answer: Any) -> list[str]:

@@ -11,10 +11,30 @@ import msgspec
 from flowlane.backends.memory import MemoryBackend
 from flowlane.clock import Clock
 from flowlane.errors import VersionConflict
-from flowlane.events import Event, encode
+from flowlane.events import Event, encode, encode_data, refer
 from flowlane.ports import Channel, Commit, Committed, Delivery, Index, QueueSpec
 from flowlane.state import RunTally
 from tests.aws_lambda.model import Queue
+
+
+class Letter:
+    """A delivery that `queue` gave up after `attempt` receives; ``delays`` are those it was put back for."""
+
+    def __init__(self, backend: OutsideBackend, event: Event, stage: str, attempt: int = 10) -> None:
+        self.event, self.stage, self.attempt = event, stage, attempt
+        self.head: Event | None = None
+        self.delays: list[float] = []
+        self._letters = backend.letters
+        self._letters.append(self)
+
+    async def ack(self) -> None:
+        self._letters.remove(self)
+
+    async def nack(self, *, delay: float = 0) -> None:
+        self.delays.append(delay)
+
+    async def extend(self, seconds: float) -> bool:
+        return True
 
 
 class OutsideBackend:
@@ -27,6 +47,8 @@ class OutsideBackend:
         self._queue = queue
         self._copies = copies
         self._names = count(1)
+        self.by_reference = False  #: whether messages say only where in the log their events stand
+        self.letters: list[Letter] = []  #: what stands in the dead-letter queues
 
     async def commit(self, work: Sequence[Commit]) -> Sequence[Committed | VersionConflict]:
         answers = await self._inner.commit([msgspec.structs.replace(c, publish=(), ack=None) for c in work])
@@ -35,10 +57,14 @@ class OutsideBackend:
                 continue
             for publish in commit.publish:
                 for _ in range(self._copies):
-                    self._queue.send(f"s{next(self._names)}", encode(publish.event).decode())
+                    name = f"s{next(self._names)}"
+                    self._queue.send(name, self._body(publish.event), publish.group or name)
             if commit.ack is not None:
                 await commit.ack.ack()
         return answers
+
+    def _body(self, event: Event) -> str:
+        return encode_data(refer(event)).decode() if self.by_reference else encode(event).decode()
 
     async def last(self, streams: Sequence[str]) -> Mapping[str, Event]:
         return await self._inner.last(streams)
@@ -51,6 +77,9 @@ class OutsideBackend:
 
     def units(self, lane: str, index: Index) -> AsyncIterator[Event]:
         return self._inner.units(lane, index)
+
+    async def runs(self, lane: str, limit: int) -> Sequence[Event]:
+        return await self._inner.runs(lane, limit)
 
     async def tally(self, run: str, round: int) -> RunTally:
         return await self._inner.tally(run, round)
@@ -68,6 +97,13 @@ class OutsideBackend:
 
     async def resend(self, lane: str) -> int:
         return 0
+
+    async def given_up(self, stages: Sequence[str], limit: int) -> Sequence[Delivery]:
+        some = [letter for letter in self.letters if letter.stage in stages][:limit]
+        heads = await self._inner.last([letter.event.subject for letter in some])
+        for letter in some:
+            letter.head = heads.get(letter.event.subject)
+        return list(some)
 
     async def purge(self) -> None:
         self._queue.waiting.clear()

@@ -126,6 +126,11 @@ class RuntimeApi:
         """What the process wrote up to now."""
         return (self._folder / "output.log").read_text()
 
+    def cpu(self) -> float:
+        """Seconds of CPU that the function's process has had (Linux: proc(5), stat)."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def invoke(self, event: Any, *, seconds: float = 60.0) -> Any:
         """The function's answer to `event`, with `seconds` until its time-out.
 

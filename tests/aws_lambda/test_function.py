@@ -97,6 +97,17 @@ def test_nothing_of_a_group_is_begun_after_its_failure() -> None:
         assert sorted(handled) == ["a", "d"]
 
 
+def test_what_a_stream_delivers_again_anyway_is_not_begun() -> None:
+    handled: list[str] = []
+
+    async def load(event: Event, ctx: Context) -> None:
+        handled.append(event.data.order)
+
+    with function(toy(load)) as call:
+        assert failed(call(kinesis("bad", order("b"), keys="ab"), LONG)) == ["99"]
+        assert handled == [], "it is of another key, and behind the failure"
+
+
 def test_a_message_that_comes_again_opens_no_second_run() -> None:
     handled: list[str] = []
 
@@ -360,10 +371,11 @@ def test_a_direct_invocation_also_drains_what_is_left_open() -> None:
         ({}, "no CloudEvent"),
         ([], "a JSON array"),
         ("x", "a JSON string"),
-        ({"Records": [{"eventSource": "aws:s3"}]}, "not supported yet by this release"),
-        ({"detail-type": "EC2 Instance State-change Notification", "source": "aws.ec2"}, "not supported yet"),
-        ({"httpMethod": "GET"}, "no CloudEvent"),
-        ({"awslogs": {"data": ""}}, "no CloudEvent"),
+        ({"Records": [{"eventSource": "aws:s3"}]}, "record 0 has neither an 's3' nor an 'Sns' object"),
+        ({"Records": [{"eventSource": "aws:cloudfront"}]}, "unknown source"),
+        ({"detail-type": "EC2 Instance State-change Notification", "source": "aws.ec2"}, "without 'id'"),
+        ({"httpMethod": "GET"}, "an HTTP request .* is not served"),
+        ({"awslogs": {"data": ""}}, "a CloudWatch Logs subscription .* is not served"),
     ],
 )
 def test_unknown_events_are_one_line_errors(event: Any, words: str) -> None:

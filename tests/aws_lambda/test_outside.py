@@ -5,16 +5,31 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from flowlane import Context, Event
+from flowlane import Context, Event, Lane, Policy, Unit
 from flowlane.aws_lambda.function import Function
 from flowlane.clock import SystemClock
+from flowlane.events import Reference, encode_data, refer
 from flowlane.state import progress, status
 from tests.aws_lambda.model import Queue
 from tests.aws_lambda.outside import OutsideBackend
-from tests.aws_lambda.toys import Remaining, failed, function, order, sqs, toy
+from tests.aws_lambda.toys import (
+    QUICK,
+    PushedClock,
+    Remaining,
+    Thing,
+    failed,
+    function,
+    kinesis,
+    order,
+    sqs,
+    toy,
+)
 
 LONG = Remaining(900)
 
@@ -28,11 +43,15 @@ def drain(call: Function, queue: Queue) -> int:
     raise AssertionError(f"still there: {queue.waiting}")
 
 
+@pytest.mark.parametrize("by_reference", [False, True])
 @pytest.mark.parametrize("copies", [1, 3])
-@pytest.mark.parametrize("seed", range(5))
-def test_a_run_is_driven_by_its_messages_whatever_is_delivered_twice(copies: int, seed: int) -> None:
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_is_driven_by_its_messages_whatever_is_delivered_twice(
+    copies: int, seed: int, by_reference: bool
+) -> None:
     queue = Queue(size=7, rng=random.Random(seed))
     backend = OutsideBackend(SystemClock(), queue, copies)
+    backend.by_reference = by_reference
     tries: Counter[str] = Counter()
 
     async def load(event: Event, ctx: Context) -> None:
@@ -69,3 +88,164 @@ def test_what_is_not_reached_before_the_deadline_is_reported_and_comes_again() -
         drain(call, queue)
         (head,) = asyncio.run(_heads(backend, ["toy/run/shop,a"]))
     assert status(head) == "settled"
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        Reference("toy/thing/a@9", 1, "e"),
+        Reference("toy/thing/a@0", 1, "another"),
+        Reference("toy/thing/a@0", 99, "e"),
+        Reference("toy/thing/a@0", -1, "e"),
+        Reference("elsewhere/thing/a@0", 1, "e"),
+        Reference("", 0, ""),
+    ],
+)
+def test_a_reference_to_what_the_log_does_not_hold_is_its_messages_failure(
+    reference: Reference, caplog: pytest.LogCaptureFixture
+) -> None:
+    queue = Queue()
+    backend = OutsideBackend(SystemClock(), queue)
+    with function(toy(), backend=backend) as call:
+        call(order("a"), LONG)
+        drain(call, queue)
+        (head,) = asyncio.run(_heads(backend, ["toy/thing/a@0"]))
+        known = encode_data(refer(head)).decode()
+        assert failed(call(sqs(encode_data(reference).decode(), known), LONG)) == ["m0"]
+    assert "the log does not know" in caplog.text
+
+
+# --------------------------------------------------------------------------- a stage with an order key
+
+
+def ordered(load: Callable[[Event, Context], Any], policy: Policy = QUICK) -> Lane:
+    """A lane whose things are handled one after the other within their order."""
+    lane = Lane("toy", policy=policy)
+
+    @lane.stage(on=lane.triggered)
+    async def find(event: Event, ctx: Context) -> AsyncIterator[Unit]:
+        for n in range(event.data.event["data"]["things"]):
+            for name in "abc":
+                yield Thing(order=name, n=n)
+
+    @lane.stage(on=Thing, name="load", order="order", retries=1000)
+    async def handle(event: Event, ctx: Context) -> None:
+        await load(event, ctx)
+
+    return lane
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_fifo_queue_keeps_the_order_whatever_fails_for_a_while(seed: int) -> None:
+    rng = random.Random(seed)
+    queue = Queue(fifo=True, size=rng.randint(1, 10))
+    backend = OutsideBackend(SystemClock(), queue)
+    done: list[tuple[str, int]] = []
+    again: list[int] = []
+
+    async def load(event: Event, ctx: Context) -> None:
+        if rng.random() < 0.3:
+            raise OSError("not yet")
+        done.append((event.data.order, event.data.n))
+
+    with function(ordered(load), backend=backend) as call:
+        call(order("x", 6), LONG)
+        for _ in range(500):
+            if not queue.waiting:
+                break
+            again.append(len(queue.settle(call(queue.receive(), LONG))))
+        (head,) = asyncio.run(_heads(backend, ["toy/run/shop,x"]))
+    assert status(head) == "settled"
+    assert sum(again) > 0, "something was to fail"
+    for name in "abc":
+        assert [n for other, n in done if other == name] == list(range(6)), "each once, and in order"
+    assert len(queue.deleted) == len(set(queue.deleted)) == 1 + 18, "nothing was published again"
+
+
+def test_a_fifo_stage_goes_on_in_its_place_at_the_deadline(caplog: pytest.LogCaptureFixture) -> None:
+    clock = PushedClock()
+    queue = Queue(fifo=True)
+    backend = OutsideBackend(clock, queue)
+    steps: list[tuple[str, int]] = []
+
+    async def load(event: Event, ctx: Context) -> None:
+        for n in range(3):
+            await ctx.step(f"s{n}", step, event.data.order, event.data.n * 10 + n)
+
+    async def step(name: str, n: int) -> None:
+        steps.append((name, n))
+        if (name, n) == ("a", 1):
+            clock.pushed += 55
+
+    with function(ordered(load), backend=backend, clock=clock) as call:
+        call(order("x", 2), LONG)
+        queue.settle(call(queue.receive(), LONG))  # discovery
+        batch = queue.receive()
+        assert len(queue.waiting) == 6
+        again = queue.settle(call(batch, Remaining(60)))
+        of_a = [message.id for message in queue.waiting if message.group == "a"]
+        assert [name for name in again if name in of_a] == of_a, "the first of its group, and all behind it"
+        assert ("a", 2) not in steps
+        assert "toy/thing/a@0 goes on in its place" in caplog.text
+        drain(call, queue)
+        (head,) = asyncio.run(_heads(backend, ["toy/run/shop,x"]))
+    assert status(head) == "settled"
+    assert [n for name, n in steps if name == "a"] == [0, 1, 2, 10, 11, 12], "no step was done twice"
+
+
+def test_a_stage_without_an_order_key_is_continued_by_another_message() -> None:
+    clock = PushedClock()
+    queue = Queue()
+    backend = OutsideBackend(clock, queue)
+    steps: list[int] = []
+
+    async def load(event: Event, ctx: Context) -> None:
+        for n in range(3):
+            await ctx.step(f"s{n}", step, n)
+
+    async def step(n: int) -> None:
+        steps.append(n)
+        if n == 1:
+            clock.pushed += 55
+
+    with function(toy(load), backend=backend, clock=clock) as call:
+        call(order("x"), LONG)
+        queue.settle(call(queue.receive(), LONG))  # discovery
+        (before,) = queue.waiting
+        assert queue.settle(call(queue.receive(), Remaining(60))) == [], "checkpointed, published, and acked"
+        (after,) = queue.waiting
+        assert before.id != after.id
+        assert steps == [0, 1]
+        drain(call, queue)
+    assert steps == [0, 1, 2]
+
+
+def test_without_progress_the_hops_are_counted_in_the_log_and_have_an_end() -> None:
+    clock = PushedClock()
+    queue = Queue()
+    backend = OutsideBackend(clock, queue)
+    tries: list[int] = []
+
+    async def load(event: Event, ctx: Context) -> None:
+        tries.append(1)
+        clock.pushed += 58
+        await asyncio.Event().wait()
+
+    with function(toy(load, replace(QUICK, hops=1)), backend=backend, clock=clock) as call:
+        call(order("x"), LONG)
+        for _ in range(20):
+            if not queue.waiting:
+                break
+            queue.settle(call(queue.receive(), Remaining(60)))
+        (head,) = asyncio.run(_heads(backend, ["toy/thing/x@0"]))
+    assert len(tries) == 2
+    assert status(head) == "dead"
+    assert "no progress in 1 continuations" in progress(head).reason
+
+
+def test_triggers_of_a_stream_open_their_runs_and_are_done() -> None:
+    queue = Queue()
+    with function(toy(), backend=OutsideBackend(SystemClock(), queue)) as call:
+        assert failed(call(kinesis(order("a"), order("b"), keys="kk"), LONG)) == []
+        assert len(queue.waiting) == 2
+        drain(call, queue)

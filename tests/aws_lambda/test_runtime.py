@@ -88,8 +88,8 @@ def test_the_events_of_the_corpus(corpus: Callable[[str], Any], folder: Path) ->
     with RuntimeApi(HANDLER, folder, environment(folder)) as function:
         for name, expected in BATCHES.items():
             assert failed(function.invoke(corpus(name))) == expected, name
-        with pytest.raises(FunctionError, match="not supported yet by this release") as caught:
-            function.invoke(corpus("powertools/s3Event.json"))
+        with pytest.raises(FunctionError, match="transformation is not served") as caught:
+            function.invoke(corpus("powertools/kinesisFirehosePutEvent.json"))
         assert caught.value.type == "Permanent"
         reasons = [
             json.loads(line[line.index("{") :]) for line in function.log.splitlines() if "reason" in line

@@ -449,6 +449,68 @@ async def test_a_file_of_an_earlier_build_gets_what_it_lacks(tmp_path: Path) -> 
     assert any("log_runs" in row[3] for row in plan)
 
 
+async def test_the_queue_of_an_earlier_build_learns_of_groups(tmp_path: Path) -> None:
+    path = tmp_path / "f.db"
+    async with open_backend(f"sqlite:///{path}", environment()) as backend:
+        await applied(backend, discover(found("old")))
+    with closing(sqlite3.connect(path)) as old:
+        old.executescript("DROP INDEX queue_group; ALTER TABLE queue DROP COLUMN grp")
+        assert not old.execute("SELECT 1 FROM sqlite_master WHERE type = 'trigger'").fetchall()
+    for n in range(2):
+        async with open_backend(f"sqlite:///{path}", environment()) as backend:
+            await applied(backend, *(discover(found(f"{n}{key}"), group="g") for key in "ab"))
+            got = await backend.receive(["load"], 9, lease=9)
+            assert [d.event.subject for d in got] == ["suite/old", f"suite/{n}a"][n:]
+            for _ in range(2):
+                await got[-1].ack()
+                got = await backend.receive(["load"], 9, lease=9)
+            assert got == []
+
+
+async def test_an_earlier_build_at_work_on_the_file_keeps_the_order(tmp_path: Path) -> None:
+    """It knows nothing of groups, and takes and deletes what is due."""
+    path = tmp_path / "f.db"
+    async with open_backend(f"sqlite:///{path}", environment()) as backend:
+        await applied(backend, *(discover(found(key), group="g") for key in "abc"))
+        with closing(sqlite3.connect(path)) as old:
+            for key in "abc":
+                due = old.execute(
+                    "SELECT id, stream FROM queue WHERE due <= unixepoch('2100-01-01') * 1000"
+                ).fetchall()
+                assert [stream for _, stream in due] == [f"suite/{key}"]
+                old.execute("DELETE FROM queue WHERE id = ?", due[0][:1])
+                old.commit()
+
+
+async def test_the_next_of_a_group_is_found_without_walking_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "f.db"
+    async with open_backend(f"sqlite:///{path}", environment()) as backend:
+        await applied(backend, discover(found("first"), group="g"))
+        await backend.purge()
+    with closing(sqlite3.connect(path)) as connection:
+        for n in range(3000):
+            values = ("s", 0, f"u{n}", 1, None if n % 3 else f"g{n % 2}")
+            connection.execute(
+                "INSERT INTO queue (stage, due, stream, version, grp) VALUES (?,?,?,?,?)", values
+            )
+        steps = 0
+
+        def step() -> int:
+            nonlocal steps
+            steps += 1
+            return 0
+
+        connection.set_progress_handler(step, 1)
+        connection.execute("DELETE FROM queue WHERE id = (SELECT min(id) FROM queue WHERE grp = 'g0')")
+        connection.execute(
+            "INSERT INTO queue (stage, due, stream, version, grp) VALUES ('s', 0, 'x', 1, 'g0')"
+        )
+        connection.set_progress_handler(None, 0)
+        assert steps < 500
+        due = "SELECT grp, count(*), min(id) FROM queue WHERE due = 0 AND grp IS NOT NULL GROUP BY grp"
+        assert connection.execute(due).fetchall() == [("g0", 1, 7), ("g1", 1, 4)]
+
+
 async def test_closing_finishes_what_was_accepted(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/f.db"
     async with open_backend(uri, environment()) as backend:
@@ -507,6 +569,28 @@ async def test_what_this_process_publishes_wakes_a_receiver_at_once(
             await applied(backend, discover(found(f"u{n}")))
             (delivery,) = await within(30, waiting)
             await delivery.ack()
+
+
+@pytest.mark.parametrize("committed", [True, False])
+async def test_an_ack_wakes_a_receiver_of_the_same_group_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, committed: bool
+) -> None:
+    monkeypatch.setattr("flowlane.backends.sqlite.backend.POLL", 60)
+    async with open_backend(f"sqlite:///{tmp_path}/f.db", environment()) as backend:
+        await applied(backend, *(discover(found(f"u{n}"), group="g") for n in range(10)))
+        (delivery,) = await backend.receive(["load"], 9, lease=9)
+        for n in range(1, 10):
+            waiting = asyncio.create_task(backend.receive(["load"], 9, lease=9, wait=60))
+            for _ in range(5000):
+                if backend._news._waiters:
+                    break
+                await asyncio.sleep(0.001)
+            if committed:
+                await applied(backend, Commit(ack=delivery))
+            else:
+                await delivery.ack()
+            (delivery,) = await within(30, waiting)
+            assert delivery.event.subject == f"suite/u{n}"
 
 
 async def test_who_is_cancelled_with_the_answer_at_hand_takes_nothing_along(

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from flowlane.aws_lambda.payload import Start, understand
+from flowlane.aws_lambda.wanted import Start, understand
 from flowlane.cli.event import read_event
 from flowlane.errors import ConfigError
 
@@ -33,7 +33,7 @@ def test_a_cloud_event_is_named_by_source_and_id(tmp_path: Path) -> None:
 
 def test_the_lambda_handler_gives_the_same_event_the_same_slot(tmp_path: Path) -> None:
     for event in (SCHEDULED, {"specversion": "1.0", "source": "a/b c", "id": "é,1", "type": "t"}):
-        wanted = understand(msgspec.json.encode(event), "lane")
+        (wanted,) = understand(msgspec.json.encode(event), "lane")
         assert isinstance(wanted, Start)
         assert given(tmp_path / "event.json", event) == wanted.slot
 

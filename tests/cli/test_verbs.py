@@ -242,6 +242,21 @@ def test_graph_is_a_mermaid_flowchart(cli_in: Cli, document: Callable[..., Any])
     assert not Path(".flowlane").exists()
 
 
+def test_graph_tells_of_an_order_key(cli_in: Cli, document: Callable[..., Any]) -> None:
+    Path("ordered.py").write_text(
+        "from flowlane import Lane, Unit\n"
+        "lane = Lane('ordered')\n"
+        "class Found(Unit, key='n'):\n    n: int\n    who: str\n"
+        "async def load(event, ctx):\n    pass\n"
+        "lane.stage(on=lane.triggered, name='find')(load)\n"
+        "lane.stage(on=Found, order=('who', 'n'))(load)\n"
+    )
+    label = '"load<br/>concurrency 8, retries 5, timeout 15m<br/>in order of who, n"'
+    assert label in cli_in("graph", "ordered.py").stdout
+    orders = [stage["order"] for stage in document("graph", "ordered.py")["stages"]]
+    assert orders == [[], ["who", "n"]]
+
+
 @pytest.mark.parametrize(
     "handler",
     [
@@ -359,6 +374,7 @@ def test_sweep(ran: Cli, document: Callable[..., Any]) -> None:
     nothing = {
         "lane": "toy",
         "resent": 0,
+        "died": 0,
         "open": 0,
         "requeued": 0,
         "completed": 0,

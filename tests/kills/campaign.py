@@ -6,12 +6,15 @@ import random
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from flowlane.compose import open_application
+from flowlane.compose import Application, open_application
 from flowlane.events import Event
 from flowlane.recipes.http_archive import Bookmark
 from flowlane.settings import Settings
@@ -22,6 +25,32 @@ from tests.kills.victim import PHASES, START, Page, archive, lane, serve_archive
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.kills.victim"])
+
+
+class Archives:
+    """A server of archives, in a process of its own, at ``url``."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self.url: str = pipe.recv()
+
+    def quicken(self) -> None:
+        """Serve them as fast as can be from now on."""
+        self._pipe.send("fast")
+        self._pipe.recv()
+
+
+@contextmanager
+def serving(hours: int, drip: float = 0.4) -> Iterator[Archives]:
+    """The archives of so many hours, each served over `drip` seconds until told otherwise."""
+    ours, theirs = _context.Pipe()
+    server = _context.Process(target=serve_archives, args=(hours, drip, theirs), daemon=True)
+    server.start()
+    try:
+        yield Archives(ours)
+    finally:
+        server.kill()
+        server.join()
 
 
 class Campaign:
@@ -42,23 +71,16 @@ class Campaign:
 
     def run(self, kills: int, seconds: float) -> None:
         """Kill so many times (or until the time is up), then see everything through without kills."""
-        ours, theirs = _context.Pipe()
-        server = _context.Process(target=serve_archives, args=(self.hours, theirs), daemon=True)
-        server.start()
-        self.settings = {
-            "url": ours.recv(),
-            "lake": (self.folder / "lake").as_uri() + "/",
-            "until": self.until.isoformat(),
-            "backend": f"sqlite:///{self.folder}/flowlane.db",
-        }
-        try:
+        with serving(self.hours) as archives:
+            self.settings = {
+                "url": archives.url,
+                "lake": (self.folder / "lake").as_uri() + "/",
+                "until": self.until.isoformat(),
+                "backend": f"sqlite:///{self.folder}/flowlane.db",
+            }
             self._kill(kills, time.monotonic() + seconds)
-            ours.send("fast")
-            ours.recv()
+            archives.quicken()
             asyncio.run(self._see_through())
-        finally:
-            server.kill()
-            server.join()
 
     def _kill(self, kills: int, until: float) -> None:
         workers: list[tuple[BaseProcess, Page]] = [self._start(n) for n in range(2)]
@@ -112,29 +134,8 @@ class Campaign:
         async with open_application([watched], settings) as app:
             report = await run_once(app, watched)
             assert report.outcome == "settled", report
-            streams: dict[str, list[Event]] = {}
-            async for event in app.backend.scan("kills"):
-                streams.setdefault(event.subject, []).append(event)
-            left = [head.subject async for head in app.backend.units("kills", "open")]
-            mark = await LogView(app.engine, "kills").recall(Bookmark)
-        assert not left, left
-        assert mark is not None
-        assert datetime.fromisoformat(mark.next).replace(tzinfo=None) == self.until
-        assert not mark.pending
-        assert not mark.gaps
-        self._check_log(streams)
+            await check_log(app, self.hours, self.until)
         self._check_lake()
-
-    def _check_log(self, streams: dict[str, list[Event]]) -> None:
-        units = {name: events for name, events in streams.items() if name.startswith("kills/hour/")}
-        assert len(units) == self.hours
-        for name, events in units.items():
-            now, _ = fold(sorted(events, key=lambda event: event.version))
-            assert now == "settled", name
-            assert sum(event.type.startswith("unit.") for event in events) == 1, name
-        runs = {name: events for name, events in streams.items() if name.startswith("kills/run/")}
-        for name, events in runs.items():
-            assert sum(event.type == "run.completed" for event in events) == 1, name
 
     def _check_lake(self) -> None:
         lake = {
@@ -146,6 +147,29 @@ class Campaign:
             moment = begin + timedelta(hours=hour)
             expected[f"{moment:%Y-%m-%d}-{moment.hour}.json.gz"] = archive(hour)
         assert lake == expected
+
+
+async def check_log(app: Application, hours: int, until: datetime) -> None:
+    """Each of so many hours was settled once, each run completed once, nothing is open, and the bookmark is
+    at `until`."""
+    streams: dict[str, list[Event]] = {}
+    async for event in app.backend.scan("kills"):
+        streams.setdefault(event.subject, []).append(event)
+    assert not [head.subject async for head in app.backend.units("kills", "open")]
+    mark = await LogView(app.engine, "kills").recall(Bookmark)
+    assert mark is not None
+    assert datetime.fromisoformat(mark.next).replace(tzinfo=None) == until
+    assert not mark.pending
+    assert not mark.gaps
+    units = {name: events for name, events in streams.items() if name.startswith("kills/hour/")}
+    assert len(units) == hours
+    for name, events in units.items():
+        now, _ = fold(sorted(events, key=lambda event: event.version))
+        assert now == "settled", name
+        assert sum(event.type.startswith("unit.") for event in events) == 1, name
+    for name, events in streams.items():
+        if name.startswith("kills/run/"):
+            assert sum(event.type == "run.completed" for event in events) == 1, name
 
 
 def main() -> int:

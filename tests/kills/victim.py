@@ -148,13 +148,13 @@ def work(settings: Mapping[str, str], page: str) -> None:
     asyncio.run(_work(settings, Page(Path(page))))
 
 
-def serve_archives(hours: int, pipe: Connection) -> None:
-    """Serve the archives of so many hours on loopback, until killed; the URL goes out by `pipe`. Slowly, so
-    that there is something to be hit, until anything comes in by it."""
+def serve_archives(hours: int, drip: float, pipe: Connection) -> None:
+    """Serve the archives of so many hours on loopback, until killed; the URL goes out by `pipe`. Slowly, over
+    `drip` seconds each, so that there is something to be hit, until anything comes in by it."""
 
     async def forever() -> None:
         async with LyingServer() as server:
-            serve_all(server, 0.4)
+            serve_all(server, drip)
             pipe.send(server.url("").rstrip("/"))
             await asyncio.to_thread(pipe.recv)
             serve_all(server, 0.0)

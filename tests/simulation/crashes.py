@@ -42,6 +42,7 @@ PORTS = frozenset(
         "delivery.ack",
         "delivery.extend",
         "delivery.nack",
+        "store.discard",
         "store.head",
         "store.read",
         "store.upload",

@@ -144,7 +144,7 @@ class Lab:
             log = await Log.read(self.memory, lane)
             queues = {stage.name: stage.queue for stage in lane.stages}
             again = [
-                Publish(stream[0], queues[stream[0].stage])
+                Publish(stream[0], queues[stream[0].stage], group=stream[0].partitionkey)
                 for stream in log.units().values()
                 if streams(stream[0])
             ]

@@ -8,19 +8,21 @@ from __future__ import annotations
 import asyncio
 import gzip
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
 import pytest
 
-from flowlane import Context, Event, Lane, Policy, Unit
+from flowlane import Context, Event, Lane, Policy, Retryable, Unit
+from flowlane import discovery as discovery_module
 from flowlane import landing as landing_module
 from flowlane.attempt import Attempt
 from flowlane.backends.memory import MemoryBackend
 from flowlane.engine import Engine
 from flowlane.errors import VersionConflict
-from flowlane.ports import Append, Bad, Batch, Commit, Committed, Delivery, ObjectInfo
+from flowlane.ports import Append, Bad, Batch, Commit, Committed, Delivery, ObjectInfo, Publish
 from flowlane.recipes import http_archive
 from flowlane.state import Position, Transfer
 from flowlane.testing import stores, tables
@@ -65,6 +67,33 @@ def loading(process: Process) -> Sequence[Lane]:
     @lane.stage(on=Drop)
     async def load(event: Event, ctx: Context) -> None:
         await ctx.load(ctx.rows(event.data.url), to="table://orders")
+
+    return [lane]
+
+
+class Change(Unit, key=("customer", "n")):
+    """Records to load in the order in which the changes of their customer come."""
+
+    customer: str
+    n: int
+
+
+def changing(process: Process) -> Sequence[Lane]:
+    """Three changes of each of two customers, two of which fail at first."""
+    lane = Lane("change", policy=POLICY)
+
+    @lane.stage(on=lane.triggered)
+    async def find(event: Event, ctx: Context) -> Any:
+        for n in range(3):
+            for customer in "ab":
+                yield Change(customer=customer, n=n)
+
+    @lane.stage(on=Change, order="customer")
+    async def apply(event: Event, ctx: Context) -> None:
+        change = event.data
+        if (change.customer, change.n) in (("a", 0), ("b", 1)) and ctx.attempts_left == POLICY.retries:
+            raise Retryable("busy")
+        await ctx.load(ctx.rows(f"rows://{change.customer}/{change.n}"), to="table://changes")
 
     return [lane]
 
@@ -249,6 +278,38 @@ def conflicted() -> list[str]:
     return first(one(seed) for seed in range(60))
 
 
+def ordered() -> list[str]:
+    """A process dies at one of its port calls, another one takes over; for every call. The rows of each
+    customer must stand in the table in the order of its changes."""
+
+    def one(number: int) -> tuple[list[str], int]:
+        faults = CrashAt(number, DIE_AFTER)
+
+        async def main(loop: VirtualLoop) -> list[str]:
+            lab = Lab(loop, changing)
+            for customer in "ab":
+                for n in range(3):
+                    rows = [{"customer": customer, "n": n, "row": row} for row in range(2)]
+                    lab.world.tables.publish(f"rows://{customer}/{n}", [rows])
+            stuck = await lab.until_done(lab.process(faults), lab.run(), faults=faults)
+            rows = lab.world.tables.tables["table://changes"].rows
+            found = [stuck] if stuck else []
+            for customer in "ab":
+                order = [row["n"] for row in rows if row["customer"] == customer]
+                found += [f"{customer}: {order}"] if order != [0, 0, 1, 1, 2, 2] else []
+            return found + await lab.violations()
+
+        return run(main, seed=number), len(faults.calls)
+
+    def all_of_them() -> Iterator[list[str]]:
+        found, calls = one(0)
+        yield found
+        for number in range(1, calls + 1):
+            yield one(number)[0]
+
+    return first(all_of_them())
+
+
 def truncated() -> list[str]:
     """An archive is cut at its source, its length claiming that this is all: it must not be in the lake."""
 
@@ -397,7 +458,41 @@ def batches_taken_twice(patch: Patch) -> None:
     patch.setattr(tables.TableWriter, "write", write)
 
 
+def no_groups(patch: Patch) -> None:
+    """The queue is told nothing of groups."""
+    patch.setattr(discovery_module, "group_of", lambda unit, order: "")
+
+
+def groups_in_a_heap(patch: Patch) -> None:
+    """A group hands out all that it has, though its first is not settled."""
+
+    def line_up(self: MemoryBackend, publish: Publish) -> None:
+        self._put(publish.event, publish.stage, 0, publish.delay, publish.group)
+        self._queues[publish.stage].behind.setdefault(publish.group, deque())
+
+    def move_up(self: MemoryBackend, stage: str, group: str) -> None:
+        return None
+
+    patch.setattr(MemoryBackend, "_line_up", line_up)
+    patch.setattr(MemoryBackend, "_move_up", move_up)
+
+
+def retried_behind_its_group(patch: Patch) -> None:
+    """A retry of a stage with an order key is another message, as of any other stage."""
+
+    def postpone(self: Attempt, kind: str, delay: float, reason: str = "") -> Commit:
+        self.ending = (kind, delay, reason)
+        self.progress.reason, self.progress.delay = reason, delay
+        self.final = self._make_counting(kind)
+        commit = self._commit(self.final, (), ack=self.delivery, again=delay)
+        behind = [msgspec.structs.replace(p, group=p.event.partitionkey) for p in commit.publish]
+        return msgspec.structs.replace(commit, publish=behind)
+
+    patch.setattr(Attempt, "postpone", postpone)
+
+
 SCENARIOS = (
+    ordered,
     landing_crashed,
     loading_crashed,
     occupied,
@@ -418,6 +513,9 @@ MUTANTS: Sequence[tuple[Callable[[Patch], None], Callable[[], list[str]]]] = (
     (no_proof, truncated),
     (uploads_replace, occupied),
     (batches_taken_twice, loading_crashed),
+    (no_groups, ordered),
+    (groups_in_a_heap, ordered),
+    (retried_behind_its_group, ordered),
 )
 
 

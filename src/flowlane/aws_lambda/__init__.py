@@ -2,9 +2,12 @@
 
 ``flowlane.aws_lambda.handler`` runs the lane that ``FLOWLANE_LANE`` names on the backend that
 ``FLOWLANE_BACKEND`` names; ``handler = flowlane.aws_lambda.handler_for(lane)`` does the same in the file of a
-lane. Both run the very engine that the worker runs; nothing here knows an SDK. ``payload`` says what an
-invocation is about and ``answer`` which messages come again (both without I/O), ``invocation`` does the work
-in between, ``function`` keeps loop and application.
+lane. Both run the very engine that the worker runs; nothing here knows an SDK. ``objects`` says which objects
+of S3 the event is about that opened a run.
+
+``payload`` says which messages an invocation brings, ``wanted`` what each of them is about, ``refusals`` what
+is not served and why, ``answer`` which messages come again (all without I/O); ``invocation`` does the work in
+between, ``function`` keeps loop and application, and ``visibility`` looks at the queue.
 """
 
 from __future__ import annotations
@@ -13,12 +16,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from flowlane.aws_lambda.function import Function, lane_of_environment
+from flowlane.aws_lambda.s3 import Object, objects
 from flowlane.lane import Lane
 
 if TYPE_CHECKING:
     Handler = Callable[[Any, Any], dict[str, Any]]
 
-__all__ = ["handler", "handler_for"]
+__all__ = ["Object", "handler", "handler_for", "objects"]
 
 
 def handler_for(lane: Lane, *, margin: float | str | None = None) -> Handler:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -13,11 +14,14 @@ from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
 
 from flowlane.aws_lambda import payload
+from flowlane.aws_lambda.visibility import Visibility
+from flowlane.aws_lambda.wanted import understand_direct
 from flowlane.clock import Clock, SystemClock
 from flowlane.deadline import Deadline
 from flowlane.errors import ConfigError, FlowlaneError, Retryable
 from flowlane.lane import Lane, duration
 from flowlane.settings import Settings
+from flowlane.veil import conceal
 
 if TYPE_CHECKING:
     from flowlane.compose import Application
@@ -76,6 +80,7 @@ class Function:
         self._app: Application | None = None
         self._leave = asyncio.Event()
         self._resident: WeakSet[asyncio.Task[Any]] = WeakSet()
+        self._visible = Visibility()
 
     def __call__(self, event: Any, context: Any) -> dict[str, Any]:
         """The answer to `event`: ``{"batchItemFailures": [...]}`` for the messages of a queue or stream, the
@@ -84,16 +89,17 @@ class Function:
         `context` is Lambda's; ``None``, or one that does not tell the remaining time, sets no deadline.
 
         Raises:
-            ConfigError: lane, settings or backend are wrong: the next call tries to open them again.
+            ConfigError: lane, settings or backend are wrong: the next call tries to open them again. Or the
+                queue shows messages again while the function may still work on them (see ``visibility``).
             Permanent: the event is nothing that flowlane understands.
             Retryable: the event's run is not finished, or the log is away: the same event goes on with it.
         """
-        deadline = self._deadline(context)
+        seconds = _remaining(context)
         batch = payload.batch(event)
         if self._runner is None:
             self._runner = asyncio.Runner()
             atexit.register(self._at_exit)
-        return self._runner.run(self._invoke(event, batch, deadline))
+        return self._runner.run(self._invoke(event, batch, seconds))
 
     def __enter__(self) -> Self:
         return self
@@ -113,32 +119,30 @@ class Function:
         with suppress(Exception):  # the interpreter is half gone; every backend survives worse
             self.__exit__(None, None, None)
 
-    def _deadline(self, context: Any) -> Deadline:
-        remaining = getattr(context, "get_remaining_time_in_millis", None)
-        if remaining is None:
-            return Deadline()
-        seconds = remaining() / 1000
+    def _deadline(self, seconds: float) -> Deadline:
         margin = margin_of(seconds) if self._margin is None else self._margin
         return Deadline(self._clock.monotonic() + seconds, margin)
 
-    async def _invoke(self, event: Any, batch: payload.Batch | None, deadline: Deadline) -> dict[str, Any]:
-        from flowlane.aws_lambda import invocation
+    async def _invoke(self, event: Any, batch: payload.Batch | None, seconds: float) -> dict[str, Any]:
+        from flowlane.aws_lambda.direct import handle_direct
+        from flowlane.aws_lambda.messages import handle
 
+        deadline = self._deadline(seconds)
         app = await self._opened()
         lane = app.lanes[0]
         try:
             if batch is None:
-                return await invocation.handle_direct(
-                    app, lane, payload.understand_direct(event, lane.name), deadline
-                )
-            return await invocation.handle(app, lane, batch, deadline)
+                wanted = understand_direct(event, lane.name)
+                return await handle_direct(app, lane, wanted, deadline)
+            await self._visible.check(app.backend, batch.queue, seconds)
+            return await handle(app, lane, batch, deadline)
         except FlowlaneError:
             raise
         except Exception as error:
             # What is in an unknown state is not worked with again; the log is as good as ever.
             logger.exception("lane %s: the invocation broke off", lane.name)
             await self._close()
-            raise Retryable(f"the invocation broke off: {_first(error)!r:.500}") from error
+            raise Retryable(f"the invocation broke off: {conceal(repr(_first(error)))[:500]}") from error
         finally:
             await self._still()
 
@@ -186,6 +190,12 @@ class Function:
             task.cancel()
         if stray:
             await asyncio.wait(stray)
+
+
+def _remaining(context: Any) -> float:
+    """Seconds until Lambda ends the invocation; endless where it does not tell."""
+    remaining = getattr(context, "get_remaining_time_in_millis", None)
+    return math.inf if remaining is None else remaining() / 1000
 
 
 def _first(error: BaseException) -> BaseException:

@@ -10,25 +10,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+import math
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import msgspec
 
 from flowlane import events
-from flowlane.aws_lambda import payload
-from flowlane.aws_lambda.answer import Answer
-from flowlane.aws_lambda.payload import Batch, Message
+from flowlane.aws_lambda.wanted import Sweep, Wanted, restart
 from flowlane.compose import Application
 from flowlane.deadline import Deadline
 from flowlane.engine import describe
 from flowlane.errors import Permanent, Retryable
-from flowlane.events import Event
+from flowlane.events import Event, Reference
 from flowlane.lane import Lane
 from flowlane.pump import Pump
 from flowlane.state import status
-from flowlane.worker import housekeeping, report_of
+from flowlane.sweep import Swept, sweep
+from flowlane.worker import housekeeping
 
 logger = logging.getLogger("flowlane")
 
@@ -53,12 +53,14 @@ class Carried(msgspec.Struct, eq=False):
     stage: str
     attempt: int
     head: Event | None
+    delay: float | None = None  #: seconds after which the engine wants to have it again
 
     async def ack(self) -> None:
         """The answer will not name the message."""
 
     async def nack(self, *, delay: float = 0) -> None:
         """The answer will name the message."""
+        self.delay = delay
 
     async def extend(self, seconds: float) -> bool:
         """Held until the invocation ends."""
@@ -101,27 +103,61 @@ class Invocation:
                 finally:
                     watching.cancel()
 
-    async def take(self, wanted: Event | payload.Start, attempt: int = 1) -> str:
-        """Do what is wanted, or (embedded) see to it that it is done; the stream of the run it belongs to.
+    async def take(self, wanted: Wanted, attempt: int = 1) -> str:
+        """Do what is wanted, or (embedded) see to it that it is done; the stream of the run it belongs to, or
+        nothing where that is done with.
 
         Raises:
             Permanent: it makes no sense to this lane's log.
             Retryable: not this time.
         """
+        if isinstance(wanted, Sweep):
+            await self.sweep()
+            return ""
+        if isinstance(wanted, Reference):
+            wanted = await self._referred(wanted)
         if isinstance(wanted, Event):
             head = (await self._app.backend.last([wanted.subject])).get(wanted.subject)
             if head is not None:
                 return await self._own(wanted, head, attempt)
             if wanted.type != events.LANE_TRIGGERED:
-                raise Permanent(
-                    f"the log does not know {wanted.subject:.200}, which an event of lane {self._lane.name} "
-                    "is about: is FLOWLANE_BACKEND the backend that it came from?"
-                )
-            wanted = payload.restart(wanted)
+                raise self._unknown(wanted.subject)
+            wanted = restart(wanted)
         run, _ = await self._app.engine.trigger(
             self._lane.name, wanted.slot, by=wanted.by, event=wanted.event
         )
         return run
+
+    async def _referred(self, reference: Reference) -> Event:
+        """The event that the log has where `reference` says."""
+        found: Event
+        async for found in self._app.backend.read(reference.stream, after=reference.version - 1):
+            if (found.version, found.id, found.source) == (reference.version, reference.id, self._lane.name):
+                return found
+            break
+        raise self._unknown(reference.stream)
+
+    def _unknown(self, stream: str) -> Permanent:
+        return Permanent(
+            f"the log does not know {stream:.200} as the message does, which is about lane "
+            f"{self._lane.name}: is FLOWLANE_BACKEND the backend that it came from?"
+        )
+
+    async def sweep(self) -> Swept:
+        """Sweep the lane, until the deadline is near.
+
+        Raises:
+            Retryable: it did not come to its end; what it did stands, and the next one does the rest.
+        """
+        left = self._deadline.left(self._app.clock.monotonic())
+        try:
+            async with asyncio.timeout(left if math.isfinite(left) else None):
+                return await sweep(self._app.engine, self._lane.name)
+        except TimeoutError:
+            raise Retryable(
+                f"the sweep of lane {self._lane.name} did not come to its end in {left:.0f} s: what it did "
+                "stands, the next one goes on; give the function more time if this is told again"
+            ) from None
 
     async def _own(self, event: Event, head: Event, attempt: int) -> str:
         """An event of a unit that the log knows; the log alone says what stage is owed it. An embedded
@@ -130,9 +166,13 @@ class Invocation:
         if handling is None or not head.run:
             raise Permanent(f"no stage of lane {self._lane.name} is owed the events of {head.subject:.200}")
         if not self._embedded:
-            outcome = await self._pump.handle(Carried(event, handling.stage.queue, attempt, head))
+            carried = Carried(event, handling.stage.queue, attempt, head)
+            outcome = await self._pump.handle(carried)
+            if outcome == "again":
+                said = f"{head.subject} goes on in its place: its stage has an order key"
+                raise Retryable(said, delay=carried.delay)
             if outcome not in _DONE:
-                raise Retryable(f"the delivery of {head.subject} ended as {outcome}")
+                raise Retryable(f"the delivery of {head.subject} ended as {outcome}", delay=carried.delay)
         return head.run
 
     async def end(self, run: str) -> End:
@@ -141,6 +181,20 @@ class Invocation:
             self._awaited[run] = asyncio.get_running_loop().create_future()
             self._wake.set()
         return await asyncio.shield(self._awaited[run])
+
+    async def unended(self, runs: set[str], *, needed: set[str] | None = None) -> set[str]:
+        """Wait for the end of all `runs`, if they are drained here; those that have not ended in time.
+
+        Raises:
+            Permanent: one of them (of the `needed` ones) waits for a stage that is gone.
+        """
+        if not self.drains:
+            return set()
+        ends = dict(zip(runs, await asyncio.gather(*map(self.end, runs)), strict=True))
+        for run, end in ends.items():
+            if end == "stuck" and (needed is None or run in needed):
+                raise stuck(self._lane, run)
+        return {run for run, end in ends.items() if end == "near"}
 
     async def open_runs(self) -> tuple[set[str], set[str]]:
         """The runs of which the lane's stages are owed a unit, and those of which a stage is that is gone."""
@@ -203,103 +257,9 @@ class Invocation:
         return {run: ends.get(run, "near") for run in waiting} if self.near else ends
 
 
-async def handle(app: Application, lane: Lane, batch: Batch, deadline: Deadline) -> dict[str, Any]:
-    """Handle the messages of `batch`, in order where their source keeps one; the answer for AWS.
-
-    A message that fails is logged with its reason and keeps no other from being handled.
-    """
-    answer = Answer(batch)
-    invocation = Invocation(app, lane, deadline)
-    unfinished: dict[int, str] = {}
-
-    def fail(index: int, reason: str) -> None:
-        answer.fail(index)
-        _log(lane, batch, batch.messages[index], reason)
-
-    async def one_after_the_other(sequence: list[int]) -> None:
-        for place, index in enumerate(sequence):
-            if answer.again(index):
-                return
-            if invocation.near:
-                fail(index, "not begun: too little of the function's time is left")
-                return
-            try:
-                message = batch.messages[index]
-                run = await invocation.take(payload.understand(message.body, lane.name), message.attempt)
-                end = await invocation.end(run) if invocation.drains else "over"
-                if end == "stuck":
-                    raise _stuck(lane, run)
-                if end == "near":
-                    unfinished[index] = run
-                    # What follows waits for it; if it should end in the last moment, that is seen below.
-                    for later in sequence[place + 1 : place + 2]:
-                        fail(later, f"not begun: the run {run} before it took all of the function's time")
-                    return
-            except Exception as error:  # noqa: BLE001  # each message's own failure
-                fail(index, describe(error))
-                return
-
-    async with invocation.open(), asyncio.TaskGroup() as tasks:
-        for sequence in batch.sequences():
-            tasks.create_task(one_after_the_other(sequence))
-    over = await invocation.look(set(unfinished.values()))
-    for index, run in unfinished.items():
-        if run not in over:
-            fail(index, f"the run {run} is not finished: it goes on when the message comes again")
-    return answer.document()
-
-
-async def handle_direct(
-    app: Application, lane: Lane, wanted: Event | payload.Start, deadline: Deadline
-) -> dict[str, Any]:
-    """Do what the function was invoked for; the run's report (of a run that is drained elsewhere: its name).
-
-    Raises:
-        Retryable: the run is not finished: the same event, sent again, goes on with it (as AWS does by itself
-            where the invocation is an asynchronous one).
-    """
-    invocation = Invocation(app, lane, deadline)
-    began = app.clock.monotonic()
-    async with invocation.open():
-        run, error = "", None
-        try:
-            if invocation.near:
-                raise Retryable("nothing was begun: too little of the function's time is left")
-            others, _ = await invocation.open_runs() if invocation.drains else (set(), set())
-            run = await invocation.take(wanted)
-            if invocation.drains:
-                own, *_ = await asyncio.gather(*map(invocation.end, [run, *(others - {run})]))
-                if own == "stuck":
-                    raise _stuck(lane, run)
-        except (Permanent, Retryable) as raised:
-            error = raised
-    if error is not None:
-        raise error
-    if not invocation.drains:
-        return {"lane": lane.name, "run": run, "outcome": "open"}
-    if run not in await invocation.look({run}):
-        raise Retryable(f"the run {run} is not finished: send the same event again, and it goes on")
-    report = await report_of(app, lane, run)
-    report.seconds = round(app.clock.monotonic() - began, 3)
-    return report.brief()
-
-
-def _stuck(lane: Lane, run: str) -> Permanent:
+def stuck(lane: Lane, run: str) -> Permanent:
+    """What is wrong with a run that cannot go on."""
     return Permanent(
         f"units of the run {run} wait for a stage that lane {lane.name} does not have (any more): "
         "deploy it again, with upcasters if their type has changed"
     )
-
-
-def _log(lane: Lane, batch: Batch, message: Message, reason: str) -> None:
-    """One JSON line; never the body, which may hold anything."""
-    line: Mapping[str, Any] = {
-        "level": "error",
-        "lane": lane.name,
-        "source": batch.kind,
-        "message": message.id,
-        "attempt": message.attempt,
-        "bytes": len(message.body),
-        "reason": reason,
-    }
-    logger.error("%s", msgspec.json.encode(line).decode())

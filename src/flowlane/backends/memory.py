@@ -40,6 +40,7 @@ from flowlane.ports import (
     Delivery,
     Environment,
     Index,
+    Publish,
     QueueSpec,
     Tally,
 )
@@ -77,6 +78,7 @@ class _Delivery(msgspec.Struct, eq=False, gc=False):
     backend: MemoryBackend
     stream: _Stream
     lease: dict[_Delivery, None] | None
+    group: str
 
     async def ack(self) -> None:
         self.backend._expire()
@@ -86,7 +88,7 @@ class _Delivery(msgspec.Struct, eq=False, gc=False):
         backend = self.backend
         backend._expire()
         if backend._release(self):
-            backend._put(self.event, self.stage, self.attempt, delay)
+            backend._put(self.event, self.stage, self.attempt, delay, self.group)
             backend._news()
 
     async def extend(self, seconds: float) -> bool:
@@ -95,20 +97,22 @@ class _Delivery(msgspec.Struct, eq=False, gc=False):
 
 
 class _Queue:
-    """What waits for one stage: what is due, in order of arrival, and a heap of what is not yet."""
+    """What waits for one stage: what is due, in order of arrival, a heap of what is not yet, and for each
+    group of which a message is among these (or leased) what waits behind that one, with when it is due."""
 
-    __slots__ = ("delayed", "ready")
+    __slots__ = ("behind", "delayed", "ready")
 
     def __init__(self) -> None:
-        self.ready: deque[tuple[Event, int]] = deque()
-        self.delayed: list[tuple[float, int, Event, int]] = []
+        self.ready: deque[tuple[Event, int, str]] = deque()
+        self.delayed: list[tuple[float, int, Event, int, str]] = []
+        self.behind: dict[str, deque[tuple[Event, float]]] = {}
 
     def promote(self, now: float) -> None:
         """What is due by `now` is ready."""
         delayed = self.delayed
         while delayed and delayed[0][0] <= now:
-            _, _, event, attempt = heappop(delayed)
-            self.ready.append((event, attempt))
+            _, _, event, attempt, group = heappop(delayed)
+            self.ready.append((event, attempt, group))
 
 
 class _Lane:
@@ -207,7 +211,10 @@ class MemoryBackend:
                 stream = known[event.subject] = _Stream()
             if not (publish.repeat and stream.queued):
                 stream.queued += 1
-                self._put(event, publish.stage, 0, publish.delay)
+                if publish.group:
+                    self._line_up(publish)
+                else:
+                    self._put(event, publish.stage, 0, publish.delay)
         return self._count(commit.tally) if commit.tally else _DONE
 
     def _append(self, append: Append, stream: _Stream | None) -> None:
@@ -318,23 +325,45 @@ class MemoryBackend:
                 queue.promote(now)
             ready = queue.ready
             while ready and len(held) < limit:
-                event, attempt = ready.popleft()
+                event, attempt, group = ready.popleft()
                 stream = streams[event.subject]
                 head = stream.events[-1] if stream.events else None
-                held[_Delivery(event, stage, attempt + 1, head, self, stream, held)] = None
+                held[_Delivery(event, stage, attempt + 1, head, self, stream, held, group)] = None
         if not held:
             return []
         self._lease(held, now + lease)
         return list(held)
 
-    def _put(self, event: Event, stage: str, attempt: int, delay: float) -> None:
+    def _put(self, event: Event, stage: str, attempt: int, delay: float, group: str = "") -> None:
         queue = self._queues.get(stage)
         if queue is None:
             queue = self._queues[stage] = _Queue()
         if delay > 0:
-            heappush(queue.delayed, (self._clock.monotonic() + delay, next(self._order), event, attempt))
+            due = self._clock.monotonic() + delay
+            heappush(queue.delayed, (due, next(self._order), event, attempt, group))
         else:
-            queue.ready.append((event, attempt))
+            queue.ready.append((event, attempt, group))
+
+    def _line_up(self, publish: Publish) -> None:
+        """Put what is published under a group behind what the queue has of it."""
+        stage, group = publish.stage, publish.group
+        queue = self._queues.setdefault(stage, _Queue())
+        behind = queue.behind.get(group)
+        if behind is None:
+            queue.behind[group] = deque()
+            self._put(publish.event, stage, 0, publish.delay, group)
+        else:
+            behind.append((publish.event, self._clock.monotonic() + publish.delay))
+
+    def _move_up(self, stage: str, group: str) -> None:
+        """The first of the group is gone: it is the turn of the next."""
+        behind = self._queues[stage].behind
+        if behind[group]:
+            event, due = behind[group].popleft()
+            self._put(event, stage, 0, due - self._clock.monotonic(), group)
+            self._news()
+        else:
+            del behind[group]
 
     def _lease(self, held: dict[_Delivery, None], end: float) -> None:
         if self._spent > 1000 and self._spent > len(self._leases) // 2:
@@ -352,7 +381,7 @@ class MemoryBackend:
             self._spent -= not held
             for delivery in held:
                 delivery.lease = None
-                self._put(delivery.event, delivery.stage, delivery.attempt, 0)
+                self._put(delivery.event, delivery.stage, delivery.attempt, 0, delivery.group)
             held.clear()  # the struct is unknown to the garbage collector: no cycle may be left
             self._news()
         return now
@@ -370,6 +399,8 @@ class MemoryBackend:
     def _ack(self, delivery: _Delivery) -> None:
         if self._release(delivery):
             delivery.stream.queued -= 1
+            if delivery.group:
+                self._move_up(delivery.stage, delivery.group)
 
     def _extend(self, delivery: _Delivery, seconds: float) -> bool:
         if not self._release(delivery):
@@ -391,6 +422,9 @@ class MemoryBackend:
 
     async def resend(self, lane: str) -> int:
         return 0
+
+    async def given_up(self, stages: Sequence[str], limit: int) -> Sequence[Delivery]:
+        return []
 
     async def purge(self) -> None:
         for _, _, held in self._leases:

@@ -80,6 +80,7 @@ async def sweep_lane(session: Session, lane: Lane) -> Answer:
         screen.line(
             f"lane {lane.name}: {swept.open:,} open, {swept.requeued:,} queued again, "
             f"{plural(swept.completed, 'run')} completed"
+            + (f", {swept.died:,} given up by their queue" if swept.died else "")
             + "".join(f", {n:,} owed to {stage}, which is no stage" for stage, n in swept.stranded.items())
         )
 

@@ -45,8 +45,8 @@ def read_event(name: str) -> Given:
         raise ConfigError(
             f"--event {what}: is JSON, but no object: give one JSON object, such as a CloudEvent"
         )
-    given = Given(_slot(value, raw, what), value)
-    if len(encode_data(Trigger(slot=given.slot, event=value))) + _ENVELOPE > MAX_EVENT_BYTES:
+    given = _start(value, raw, what)
+    if len(encode_data(Trigger(slot=given.slot, event=given.value))) + _ENVELOPE > MAX_EVENT_BYTES:
         raise ConfigError(
             f"--event {what}: with its envelope it is more than {MAX_EVENT_BYTES:,} bytes: {_BULK}"
         )
@@ -67,15 +67,23 @@ def _read(name: str, what: str) -> bytes:
         raise ConfigError(f"--event {what}: cannot be read ({error.strerror}): give a file or -") from None
 
 
-def _slot(value: dict[str, Any], raw: bytes, what: str) -> str:
-    """The same slot as the Lambda handler gives that event, where it knows its kind."""
-    from flowlane.aws_lambda.payload import Start, understand_direct
+def _start(value: dict[str, Any], raw: bytes, what: str) -> Given:
+    """The slot and the inner event that the Lambda handler makes of that event, where it opens one run."""
+    from flowlane.aws_lambda.payload import batch
+    from flowlane.aws_lambda.wanted import Start, Wanted, understand, understand_direct
 
     try:
-        wanted = understand_direct(value, "")
+        messages = batch(value)
+        wanted: list[Wanted] = []
+        if messages is None:
+            wanted = understand_direct(value, "")
+        for message in messages.messages if messages else ():
+            wanted += understand(message.body, "")
     except Permanent as error:
         if "specversion" in value:
             raise ConfigError(f"--event {what}: {error}") from None
-        return "blake2b-" + blake2b(raw, digest_size=16).hexdigest()
-    assert isinstance(wanted, Start)
-    return wanted.slot
+        wanted = []
+    match wanted:
+        case [Start(slot=slot, event=event)]:
+            return Given(slot, event)
+    return Given("blake2b-" + blake2b(raw, digest_size=16).hexdigest(), value)

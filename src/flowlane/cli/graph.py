@@ -77,6 +77,7 @@ def _plain(lane: Lane, stage: Stage) -> dict[str, Any]:
         "concurrency": policy.concurrency,
         "retries": policy.retries,
         "timeout": policy.timeout,
+        "order": list(stage.order),
     }
 
 
@@ -90,6 +91,8 @@ def mermaid(lane: Lane) -> str:
             f"{stage.name}<br/>concurrency {policy.concurrency}, retries {policy.retries}, "
             f"timeout {seconds(float(policy.timeout))}"
         )
+        if stage.order:
+            label += f"<br/>in order of {', '.join(stage.order)}"
         lines.append(f'    {_id("stage", stage.name)}["{label}"]')
     for stage in lane.stages:
         if stage.on == events.LANE_TRIGGERED:

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 
 from flowlane.cli.text import safe
 from flowlane.clock import rfc3339
+from flowlane.veil import conceal
 
 #: What a log call may add by ``extra=``: the ids by which lines are matched with the log's events.
 IDS = ("lane", "run", "stage", "unit", "event")
@@ -29,6 +30,9 @@ class _Line(logging.Formatter):
             message += f": {type(error).__name__}: {error}"
             if self._debug:
                 message += "\n" + self.formatException(record.exc_info)
+        elif record.exc_text and self._debug:  # see ``veil.concealing``
+            message += "\n" + record.exc_text
+        message = conceal(message)  # other people's records come here as they are
         ids = {name: str(vars(record)[name]) for name in IDS if vars(record).get(name)}
         time = rfc3339(datetime.fromtimestamp(record.created, UTC))
         level = record.levelname.lower()

@@ -24,6 +24,7 @@ from flowlane.deadline import Deadline
 from flowlane.errors import ConfigError, FlowlaneError
 from flowlane.lane import Lane
 from flowlane.settings import Settings
+from flowlane.veil import conceal
 
 if TYPE_CHECKING:
     from flowlane.compose import Application
@@ -123,7 +124,7 @@ class Session:
         """Say in one line what went wrong, and return the exit code for it."""
         error = _leaf(error)
         if self.debug:
-            traceback.print_exception(error)
+            print(conceal("".join(traceback.format_exception(error))), file=sys.stderr, end="")
         kind, code, message = _classified(error)
         # A terminal has just shown ^C: the message begins on a line of its own.
         begin = "\n" if code == INTERRUPTED and sys.stderr.isatty() else ""
@@ -194,7 +195,7 @@ def _classified(error: BaseException) -> tuple[str, int, str]:
         return "interrupted", INTERRUPTED, "interrupted"
     if isinstance(error, click.ClickException):
         return "usage", CONFIGURATION, one_line(_usage(error))
-    text = str(error)
+    text = conceal(str(error))
     if isinstance(error, ConfigError):
         return "config", CONFIGURATION, one_line(text)
     if isinstance(error, FlowlaneError):

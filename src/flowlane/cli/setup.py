@@ -30,7 +30,13 @@ async def prepare(session: Session, lane: Lane) -> Answer:
     async with open_application([lane], session.settings) as app:
         made = await app.backend.create(
             [
-                QueueSpec(stage.queue, float(stage.policy.lease), float(stage.policy.timeout))
+                QueueSpec(
+                    stage.queue,
+                    float(stage.policy.lease),
+                    float(stage.policy.timeout),
+                    bool(stage.order),
+                    stage.policy.retries,
+                )
                 for stage in lane.stages
             ]
         )

@@ -13,7 +13,7 @@ from flowlane.ports import Environment
 class EnvironmentSecrets:
     """Resolves ``env://NAME`` when asked, so that a changed variable is seen (``ports.Secrets``)."""
 
-    async def get(self, reference: str) -> str:
+    async def get(self, reference: str, *, fresh: bool = False) -> str:
         """See ``ports.Secrets``."""
         name = reference.removeprefix("env://")
         value = os.environ.get(name)

@@ -19,7 +19,7 @@ from typing import Final, TypeVar
 
 from flowlane.clock import Clock, rfc3339
 from flowlane.connectors.hop import hop
-from flowlane.connectors.parts import Part, discard, is_part, is_part_of
+from flowlane.connectors.parts import Part, discard, discard_all, is_part, is_part_of
 from flowlane.connectors.paths import matches, path_of, split_pattern, url_of
 from flowlane.errors import ConfigError, Incomplete, Permanent, Retryable, Superseded
 from flowlane.ports import Body, Environment, ObjectInfo, Upload
@@ -119,10 +119,13 @@ class FileStore:
     async def discard(self, url: str, upload: str) -> None:
         """See ``Store.discard``. A part's lock tells whether its owner is at work."""
         target = path_of(url)
-        if not is_part_of(upload, target):
+        if upload and not is_part_of(upload, target):
             raise Permanent(f"{upload!a} is no unfinished upload to {url}")
         with _writing(url):
-            await hop(self._clock, discard, target.parent / upload)
+            if upload:
+                await hop(self._clock, discard, target.parent / upload)
+            else:
+                await hop(self._clock, discard_all, target)
 
 
 class FileBody:

@@ -223,6 +223,15 @@ def discard(path: Path) -> None:
         os.close(descriptor)
 
 
+def discard_all(target: Path) -> None:
+    """Remove every part of `target`, but for those whose owners are alive."""
+    with suppress(FileNotFoundError), os.scandir(target.parent) as entries:
+        for entry in entries:
+            # A name that was cut may be that of another target's part; its own lock protects it, too.
+            if is_part_of(entry.name, target):
+                discard(Path(entry.path))
+
+
 def make_directory(path: Path) -> None:
     """`path` and what is above it exist, also after a power loss."""
     if path.is_dir():

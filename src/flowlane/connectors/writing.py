@@ -102,6 +102,7 @@ class ObjectWriter:
         self._owner = ""
         self._upload: Upload | None = None
         self._state = Resume("")
+        self._safe = Resume("")  # the last state that the store has all the bytes of
         self._end: Position | None = None
         self._stands: tuple[int, int] | None = None  # what the finished object decodes to, if there is one
         self._writing = self._fenced = False
@@ -115,8 +116,9 @@ class ObjectWriter:
 
     @property
     def resume(self) -> str:
-        """See ``Writer.resume``."""
-        return msgspec.json.encode(self._state).decode() if self._state.upload else ""
+        """See ``Writer.resume``. Where the store keeps large parts only, what was written last is not in it
+        yet: then the position that this goes on from is an earlier one, and the split is read again."""
+        return msgspec.json.encode(self._safe).decode() if self._safe.upload else ""
 
     async def begin(self, stack: AsyncExitStack, owner: str, resume: str) -> None:
         """Take over what `resume` names, if it is still there."""
@@ -130,6 +132,7 @@ class ObjectWriter:
         upload = await self._open(state.upload, state.size)
         if upload.position == state.size:
             self._state, self._end = msgspec.structs.replace(state, upload=upload.id), state.end
+            self._safe = self._state
             return
         self._stands = await self._content(state.raw, state.crc)
         if self._stands is not None:
@@ -137,6 +140,7 @@ class ObjectWriter:
             self._state, self._end = state, state.end
         else:
             self._state, self._end = Resume(upload.id), Position()
+        self._safe = self._state
 
     async def write(self, batch: Batch) -> Sequence[Bad]:
         """See ``Writer.write``. Records that cannot be written as ``format`` has it are returned.
@@ -164,6 +168,8 @@ class ObjectWriter:
         if self._upload is not None:
             self._state = msgspec.structs.replace(self._state, end=batch.end)
             self._end = batch.end
+            if self._stands is not None or self._upload.position == self._state.size:
+                self._safe = self._state
         self._writing = False
         return [
             Bad(batch.start.row + number, reason, repr(batch.records[number])[:1000])
@@ -195,6 +201,7 @@ class ObjectWriter:
         self._upload = await self._stack.enter_async_context(
             self._store.upload(self._url, owner=self._owner, resume=resume, position=size)
         )
+        self._safe = Resume(self._upload.id)
         return self._upload
 
     async def _write(self, records: Sequence[Record], refused: list[tuple[int, str]]) -> None:
@@ -210,8 +217,8 @@ class ObjectWriter:
                 await upload.write(piece)
         if packing.size:
             size = self._state.size + packing.size
-            if self._stands is None and await upload.flush() != size:
-                raise Incomplete(f"{redact(self._url)}: not all that was written is safe")
+            if self._stands is None:
+                await upload.flush()
             upload_id = self._state.upload if self._stands else upload.id
             self._state = Resume(upload_id, size, Position(), packing.raw, packing.crc, columns)
 

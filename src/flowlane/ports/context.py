@@ -108,8 +108,11 @@ class Context(Protocol):
         """
         ...
 
-    async def secret(self, reference: str) -> str:
-        """The secret that `reference` (``env://NAME``, ``secretsmanager://name``) names."""
+    async def secret(self, reference: str, *, fresh: bool = False) -> str:
+        """The secret that `reference` (``env://NAME``, ``secretsmanager://name``) names.
+
+        `fresh`: for when the one given last has been refused; it may have been rotated since.
+        """
         ...
 
     @property

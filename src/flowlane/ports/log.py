@@ -25,8 +25,8 @@ class Publish(msgspec.Struct, frozen=True, gc=False):
 
     ``repeat=True`` marks the sweep's reminder: a backend that knows the unit to be queued or leased still
     drops it; one that cannot know (SQS) sends it, because deliveries may repeat anyway. ``group`` is the
-    value of the stage's order key: what is published under one group is handled one after the other, in this
-    order.
+    value of the stage's order key (``Event.partitionkey``): what is published to one stage under one group is
+    received one after the other, in this order. Printable ASCII without spaces, at most 128 characters.
     """
 
     event: Event
@@ -107,12 +107,14 @@ Index = Literal["open", "dead"]
 
 class QueueSpec(msgspec.Struct, frozen=True):
     """A stage's queue as it is wanted: ``name`` is what ``Publish.stage`` says; ``lease`` and ``timeout`` are
-    the stage's, in seconds; ``ordered`` if it keeps the order within groups."""
+    the stage's, in seconds; ``ordered`` if it keeps the order within groups; ``retries`` are what the log
+    allows a unit, so a queue that gives messages up must deliver them more often than that."""
 
     name: str
     lease: float
     timeout: float
     ordered: bool = False
+    retries: int = 5
 
 
 class Backend(Protocol):
@@ -172,8 +174,16 @@ class Backend(Protocol):
         """At most `limit` deliveries that are due, of any of `stages`, each leased for `lease` seconds.
 
         Waits up to `wait` seconds for the first one. What is not settled within its lease is delivered
-        again. At least once, in no particular order.
+        again. At least once, in no particular order; but of a group (``Publish.group``) of one stage only the
+        message published first of those that are not acked, and none while that one is leased or delayed.
         """
+        ...
+
+    async def given_up(self, stages: Sequence[str], limit: int) -> Sequence[Delivery]:
+        """At most `limit` deliveries that the queues of `stages` stopped delivering, after as many receives
+        as their ``attempt`` says (dead letters). Held for some minutes, then handed out here again, and never
+        to a stage: ``ack`` removes one. Those that nobody can read are told of and stay. A queue that gives
+        nothing up has none."""
         ...
 
     def channel(self, name: str) -> Channel:

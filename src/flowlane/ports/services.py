@@ -16,17 +16,26 @@ from flowlane.ports.storage import Store
 class Notifier(Protocol):
     """Tells people; at least once."""
 
-    async def send(self, subject: str, text: str, *, idempotency_key: str) -> None: ...
+    async def send(self, subject: str, text: str, *, idempotency_key: str) -> None:
+        """Tell `text` (plain, lines ended by line feeds) under `subject`, one line of any length: what the
+        medium does not carry is cut or left out, not refused. The same notice has the same key.
+
+        Raises:
+            Retryable: it may not have gone out.
+            Permanent, ConfigError: it never will.
+        """
+        ...
 
 
 class Secrets(Protocol):
     """Resolves the references of one scheme."""
 
-    async def get(self, reference: str) -> str:
-        """The secret's value.
+    async def get(self, reference: str, *, fresh: bool = False) -> str:
+        """The secret's value; one that was kept from an earlier call only if not `fresh`.
 
         Raises:
             ConfigError: there is none of that name; the message names the reference, never a value.
+            Retryable: it cannot be asked for now.
         """
         ...
 
@@ -38,7 +47,10 @@ class Connections(Protocol):
     def source(self, url: str, options: Mapping[str, Any]) -> AbstractAsyncContextManager[Source]: ...
     def sink(self, url: str, options: Mapping[str, Any]) -> AbstractAsyncContextManager[Sink]: ...
     def notifier(self, url: str) -> AbstractAsyncContextManager[Notifier]: ...
-    async def secret(self, reference: str) -> str: ...
+
+    async def secret(self, reference: str, *, fresh: bool = False) -> str:
+        """The secret named by `reference`; asked for anew if `fresh`, since the one known was refused."""
+        ...
 
 
 class Environment(msgspec.Struct):

@@ -61,7 +61,8 @@ class Upload(Protocol):
         ...
 
     async def flush(self) -> int:
-        """Everything written survives the death of this process; returns ``position``."""
+        """Everything written survives the death of this process, but for the last few MiB where the store
+        keeps large parts only; returns ``position``, which is the end of a write."""
         ...
 
     async def commit(self) -> ObjectInfo:
@@ -130,7 +131,8 @@ class Store(Protocol):
 
     async def discard(self, url: str, upload: str) -> None:
         """The unfinished upload to `url` named `upload` is gone, unless its owner is at work on it. If there
-        is none, this is fine.
+        is none, this is fine. An empty `upload` stands for all of them: those, too, whose owner died before
+        it could tell anybody their names.
 
         Raises:
             Permanent: `upload` names none to `url`; or the store cannot be written.

@@ -85,12 +85,14 @@ class Unavailable(Retryable):
 
 
 class Counters:
-    """How often each port was reached, and each kind of fault fired."""
+    """How often each port was reached, and each kind of fault fired; ``lost``: the units of which a message
+    was."""
 
     def __init__(self) -> None:
         self.reached: Counter[str] = Counter()
         self.fired: Counter[str] = Counter()
         self.delivered = 0
+        self.lost: set[str] = set()
 
 
 class Faults:
@@ -383,9 +385,11 @@ class FaultyBackend:
     async def _arrives(self, delivery: Delivery) -> bool:
         process = self._process
         if process.chance("duplicate message"):
-            again = Publish(delivery.event, delivery.stage, process.rng.random() * 5)
+            event = delivery.event
+            again = Publish(event, delivery.stage, process.rng.random() * 5, group=event.partitionkey)
             await self._backend.commit([Commit(publish=[again])])
         if process.chance("lost message"):
+            process.counters.lost.add(delivery.event.subject)
             await delivery.ack()
             return False
         if process.chance("delayed message"):
@@ -404,6 +408,11 @@ class FaultyBackend:
     async def resend(self, lane: str) -> int:
         """See ``Backend.resend``."""
         return await self._process.call("backend.resend", lambda: self._backend.resend(lane))
+
+    async def given_up(self, stages: Sequence[str], limit: int) -> Sequence[Delivery]:
+        """See ``Backend.given_up``."""
+        got = await self._process.call("backend.given_up", lambda: self._backend.given_up(stages, limit))
+        return [FaultyDelivery(self._process, delivery) for delivery in got]
 
     async def purge(self) -> None:
         """See ``Backend.purge``."""

@@ -127,6 +127,7 @@ def check_notices(log: Log) -> list[str]:
     """Whoever is subscribed was told once each time a run had come to rest, and once of each death."""
     found = []
     told = Counter(s[0].type for s in log.units("notice/").values())
+    notified = len(log.units("notify/"))
     rests = sum(
         event.type == events.RUN_COMPLETED and status(event) in ("settled", "dead")
         for stream in log.runs().values()
@@ -135,8 +136,10 @@ def check_notices(log: Log) -> list[str]:
     kinds = {stage.on for stage in log.lane.stages}
     if {events.LANE_COMPLETED, events.LANE_FAILED} <= kinds and sum(told.values()) != rests:
         found.append(f"{sum(told.values())} notices were given, and runs came to rest {rests} times")
+    if events.LANE_NOTIFY in kinds and notified != rests:
+        found.append(f"{notified} notices were owed to the notifier, and runs came to rest {rests} times")
     if events.LANE_DEAD in kinds:
-        own = {events.LANE_COMPLETED, events.LANE_FAILED, events.LANE_DEAD}
+        own = {events.LANE_COMPLETED, events.LANE_FAILED, events.LANE_DEAD, events.LANE_NOTIFY}
         deaths = sum(
             event.type == events.UNIT_DEAD and stream[0].type not in own
             for stream in log.units().values()

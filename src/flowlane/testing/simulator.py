@@ -34,6 +34,7 @@ from flowlane.testing import faults, stores
 from flowlane.testing.clock import Deadlock, VirtualClock, VirtualLoop, run
 from flowlane.testing.faults import Counters, Faults, Process
 from flowlane.testing.jobs import EPOCH, Archives, Job, Tables
+from flowlane.testing.ledger import Ledger
 from flowlane.testing.oracle import Log, check, describe
 from flowlane.testing.stores import World
 from flowlane.worker import run_once, serve
@@ -108,7 +109,8 @@ class Simulation:
         self.chaos = Chaos(random.Random(self.rng.getrandbits(64)), possible)
         self.registry = Registry({"testing": stores.plugin})
         self.tables = Tables(self.rng)
-        self.jobs: list[Job] = [Archives(self.rng), self.tables]
+        ledger = Ledger(random.Random(seed * 7919 + 2), self.counters.lost)
+        self.jobs: list[Job] = [Archives(self.rng), self.tables, ledger]
         self.processes: dict[str, Process] = {}
         self.apps: dict[str, tuple[Application, asyncio.Event, Deadline]] = {}
         self.violations: list[str] = []
@@ -191,6 +193,8 @@ class Simulation:
         elif kind == "pause" and not process.fate.frozen:
             self.pauses.append(self.loop.create_task(process.freeze(self.rng.uniform(7.0, 40.0))))
         elif kind == "purge":
+            for lane in app.lanes:
+                self.counters.lost |= {head.subject async for head in self.backend.units(lane.name, "open")}
             await self.backend.purge()
         elif kind == "sigterm":
             deadline.margin = self.rng.uniform(1.0, 20.0)

@@ -359,6 +359,25 @@ class StoreSuite(ReadableSuite):
             await upload.commit()
         assert await fetch(store, url) == b"2" * self.part
 
+    async def test_discarding_all_takes_those_that_nobody_knows_of(self, store: Store, base: str) -> None:
+        url, other = base + "a.bin", base + "a.bin.b"
+        names = {}
+        for where, owner in ((url, "one"), (url, "two"), (other, "three")):
+            async with store.upload(where, owner=owner) as upload:
+                await upload.write(noise(self.part))
+                names[owner] = upload.id, await upload.flush()
+        async with store.upload(url, owner="four") as upload:
+            await upload.write(b"2" * self.part)
+            await upload.commit()
+        await store.discard(url, "")
+        await store.discard(url, "")
+        for where, owner, gone in ((url, "one", True), (url, "two", True), (other, "three", False)):
+            name, position = names[owner]
+            async with store.upload(where, owner="next", resume=name, position=position) as upload:
+                assert (upload.position == 0) is gone, owner
+                await upload.abort()
+        assert await fetch(store, url) == b"2" * self.part
+
     async def test_a_commit_that_nobody_heard_of(self, store: Store, base: str) -> None:
         """The owner died between its commit and its log entry; the next attempt does all of it again."""
         async with store.upload(base + "a.bin", owner="one") as upload:

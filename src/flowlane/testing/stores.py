@@ -138,7 +138,8 @@ class Lake:
         part = self.parts.get(upload)
         if part is not None and part.url != url:
             raise Permanent(f"{upload} is no unfinished upload to {url}")
-        self.parts.pop(upload, None)
+        for name in [upload] if upload else [name for name, part in self.parts.items() if part.url == url]:
+            self.parts.pop(name, None)
 
     def land(self, url: str, owner: str, data: bytes, *, overwrite: bool) -> ObjectInfo:
         """Make `data` visible under `url`.

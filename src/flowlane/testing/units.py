@@ -50,11 +50,12 @@ def append(*stream: Event) -> Append:
     return Append(stream[0].subject, stream[0].version - 1, stream)
 
 
-def discover(event: Event, *, delay: float = 0) -> Commit:
-    """`event` begins its stream, is published and counted."""
+def discover(event: Event, *, delay: float = 0, group: str = "") -> Commit:
+    """`event` begins its stream, is published (under `group`) and counted."""
+    event = msgspec.structs.replace(event, partitionkey=group) if group else event
     return Commit(
         (append(event),),
-        (Publish(event, event.stage, delay),),
+        (Publish(event, event.stage, delay, group=group),),
         (Tally(event.run, event.round, event.stage, found=1),),
     )
 

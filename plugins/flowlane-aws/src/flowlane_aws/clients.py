@@ -8,12 +8,18 @@ standard mode, three tries, full jitter); everything longer is the engine's.
 from __future__ import annotations
 
 import asyncio
+import io
+import logging
 import os
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
+from datetime import datetime
+from functools import cache
 from typing import Any, Final
 
+import aiobotocore
 import aiohttp
+import botocore
 from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
 from botocore.exceptions import (
@@ -23,15 +29,21 @@ from botocore.exceptions import (
     NoRegionError,
     PartialCredentialsError,
 )
+from botocore.loaders import Loader, create_loader
+from botocore.parsers import DEFAULT_TIMESTAMP_PARSER
 
 from flowlane.errors import ConfigError, FlowlaneError, Permanent, Retryable
+from flowlane.veil import conceal, remember
 
 #: Seconds for one call, all of its tries included, unless the caller says otherwise.
 PATIENCE: Final = 30.0
+_PIECE: Final = 256 << 10
 
 _THROTTLED = frozenset(
     {
         "BandwidthLimitExceeded",
+        "KMSThrottling",
+        "KMSThrottlingException",
         "LimitExceededException",
         "OverLimit",
         "PriorRequestNotComplete",
@@ -41,6 +53,7 @@ _THROTTLED = frozenset(
         "RequestThrottled",
         "RequestThrottledException",
         "SlowDown",
+        "Throttled",
         "ThrottledException",
         "Throttling",
         "ThrottlingException",
@@ -52,6 +65,7 @@ _THROTTLED = frozenset(
 _AWAY = frozenset(
     {
         "InternalError",
+        "InternalErrorException",
         "InternalFailure",
         "InternalServerError",
         "InternalServiceError",
@@ -79,6 +93,7 @@ _REFUSED = frozenset(
         "UnrecognizedClientException",
     }
 )
+_UNSIGNED = frozenset({"InvalidSignatureException", "SignatureDoesNotMatch"})
 _MISSING = frozenset(
     {
         "AWS.SimpleQueueService.NonExistentQueue",
@@ -103,25 +118,30 @@ async def open_client(
     connections: int = 64,
     read_timeout: float = 25.0,
     checksums: bool = False,
+    attempts: int = 3,
 ) -> AsyncIterator[Any]:
     """The SDK's client of `service`, for as long as the context is open.
 
     Region, endpoint and credentials are the SDK's own settings (``AWS_REGION``, ``AWS_ENDPOINT_URL``,
     profiles, roles) where they are not given; credentials refresh themselves. `checksums`: have S3 objects
-    carry those that the SDK computes by default.
+    carry those that the SDK computes by default. `attempts`: of one call; 1 where callers repeat it.
 
     Raises:
         ConfigError: there is no region.
     """
+    _keep_secrets()
     session = get_session()
+    session.register_component("data_loader", _models())
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_moment)
     config = AioConfig(
-        retries={"mode": "standard", "total_max_attempts": 3},
+        retries={"mode": "standard", "total_max_attempts": attempts},
         connect_timeout=5,
         read_timeout=read_timeout,
         max_pool_connections=connections,
         parameter_validation=False,
         tcp_keepalive=True,
-        user_agent_extra="flowlane",
+        # The SDK's own is put together anew for each request, which takes an eighth of a call's CPU.
+        user_agent=f"flowlane aiobotocore/{aiobotocore.__version__} botocore/{botocore.__version__}",
         request_checksum_calculation="when_supported" if checksums else "when_required",
         response_checksum_validation="when_required",
     )
@@ -135,10 +155,48 @@ async def open_client(
         client = await opening.__aenter__()
     except (BotoCoreError, ValueError) as error:
         raise told(error, f"opening {service}") from error
+    client.meta.events.register("before-send", _in_pieces)
     try:
         yield client
     finally:
         await opening.__aexit__(None, None, None)
+
+
+def _moment(value: Any) -> Any:
+    """A timestamp, parsed without trying out formats: that takes four fifths of the 58 ms in which the SDK
+    parses a listing of 1,000 objects, on the loop."""
+    try:
+        if isinstance(value, str) and value[10:11] == "T":
+            return datetime.fromisoformat(value)
+    except ValueError:
+        pass
+    return DEFAULT_TIMESTAMP_PARSER(value)
+
+
+def _in_pieces(request: Any, **kwargs: Any) -> None:
+    """A large body of JSON goes out in pieces, between which the loop turns; else aiohttp warns of it."""
+    if isinstance(request.body, bytes) and len(request.body) > _PIECE:
+        request.body = io.BytesIO(request.body)
+
+
+#: Whose debug lines hold signed headers, session tokens and whole answers (of Secrets Manager, too).
+_TALKATIVE = ("aioboto3", "aiobotocore", "boto3", "botocore", "urllib3")
+
+
+def _keep_secrets() -> None:
+    """What the SDK knows of secrets gets into no log line, whatever level the process logs at."""
+    for name in _TALKATIVE:
+        logger = logging.getLogger(name)
+        if not logger.level > logging.DEBUG:
+            logger.setLevel(logging.WARNING)  # of less they tell with every client that is opened
+    for variable in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        remember(os.environ.get(variable, ""))
+
+
+@cache
+def _models() -> Loader:
+    """The SDK's service models, read once a process: 90 ms of a client's 95."""
+    return create_loader()
 
 
 @asynccontextmanager
@@ -178,7 +236,7 @@ def status_of(error: ClientError) -> int:
 
 def told(error: Exception, what: str) -> FlowlaneError:
     """`error`, raised while `what` was asked, as an error of flowlane's that says what to do."""
-    said = " ".join(str(error).split())[:300] or type(error).__name__
+    said = conceal(" ".join(str(error).split()))[:300] or type(error).__name__
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
         return ConfigError(
             f"{what}: there are no AWS credentials ({said}): set a role, a profile or AWS_ACCESS_KEY_ID"
@@ -194,7 +252,10 @@ def told(error: Exception, what: str) -> FlowlaneError:
 
 def _answered(error: ClientError, what: str) -> FlowlaneError:
     code, status = code_of(error), status_of(error)
-    message = " ".join(str(error.response.get("Error", {}).get("Message", "")).split())[:300]
+    message = " ".join(str(error.response.get("Error", {}).get("Message", "")).split())
+    if code in _UNSIGNED:
+        message = message.partition(". ")[0]  # what follows quotes the request's headers, tokens among them
+    message = conceal(message)[:300]
     said = f"{code}: {message}" if message else code
     if code in _THROTTLED or status == 429:
         return Retryable(f"{what}: throttled ({said})")

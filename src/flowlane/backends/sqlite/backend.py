@@ -38,7 +38,7 @@ class _Delivery(msgspec.Struct, eq=False, gc=False):
     backend: SqliteBackend
 
     async def ack(self) -> None:
-        await self.backend.writer.submit(Ack(self.lease))
+        await self.backend.writer.submit(Ack(self.lease, bool(self.event.partitionkey)))
 
     async def nack(self, *, delay: float = 0) -> None:
         await self.backend.writer.submit(Nack(self.lease, delay))
@@ -63,11 +63,13 @@ class SqliteBackend:
 
     async def commit(self, work: Sequence[Commit]) -> Sequence[Committed | VersionConflict]:
         prepared: list[Prepared] = []
+        moves_up = False  # behind what is acked: the next of its group
         for commit in checked(work):
             delivery = commit.ack
             assert delivery is None or isinstance(delivery, _Delivery), "a delivery of another backend"
             prepared.append(prepare(commit, delivery.lease if delivery else None))
-        answer: Sequence[Committed | VersionConflict] = await self.writer.submit(Work(prepared))
+            moves_up = moves_up or (delivery is not None and delivery.event.partitionkey != "")
+        answer: Sequence[Committed | VersionConflict] = await self.writer.submit(Work(prepared, moves_up))
         return answer
 
     async def last(self, streams: Sequence[str]) -> Mapping[str, Event]:
@@ -126,6 +128,9 @@ class SqliteBackend:
 
     async def resend(self, lane: str) -> int:
         return 0
+
+    async def given_up(self, stages: Sequence[str], limit: int) -> Sequence[Delivery]:
+        return []
 
     async def purge(self) -> None:
         await self.writer.submit(Purge())

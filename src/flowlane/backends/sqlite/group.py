@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from flowlane import state
+from flowlane.backends.sqlite.schema import keep_order
 from flowlane.backends.sqlite.wall import Wall
 from flowlane.errors import VersionConflict
 from flowlane.events import UNIT_REDRIVEN, encode
@@ -70,8 +71,9 @@ _CLOSE: Final = Wide("DELETE FROM open WHERE stream IN (", "?", ")")
 _BURY: Final = Wide("INSERT INTO dead (stream, lane) VALUES ", "(?,?)", " ON CONFLICT DO NOTHING")
 _REVIVE: Final = "DELETE FROM dead WHERE lane = ? AND stream = ?"
 _PUBLISH: Final = Wide("INSERT INTO queue (stage, due, stream, version, event) VALUES ", "(?,?,?,?,?)")
+_LINE_UP: Final = Wide("INSERT INTO queue (stage, due, stream, version, event, grp) VALUES ", "(?,?,?,?,?,?)")
 _REMIND: Final = (
-    "INSERT INTO queue (stage, due, stream, version, event) SELECT ?1, ?2, ?3, ?4, ?5 "
+    "INSERT INTO queue (stage, due, stream, version, event, grp) SELECT ?1, ?2, ?3, ?4, ?5, ?6 "
     "WHERE NOT EXISTS (SELECT 1 FROM queue WHERE stream = ?3)"
 )
 _ACK: Final = Wide(
@@ -94,21 +96,23 @@ class Prepared(msgspec.Struct, gc=False):
     log: list[Any]
     units: list[tuple[str, str, str | None]]  #: stream, lane, index
     revived: list[tuple[str, str]]  #: lane and stream of what is dead no more
-    publish: list[tuple[bool, str, int, str, int, str | None]]  #: whether repeated, then as in the queue
+    #: whether repeated, then as in the queue
+    publish: list[tuple[bool, str, int, str, int, str | None, str | None]]
     tally: Sequence[Tally]
     ack: tuple[int, int] | None  #: queue id and lease
     size: int  #: bytes of the events in it
 
 
 class Work:
-    """One call of ``Backend.commit``: a request to the writer."""
+    """One call of ``Backend.commit``: a request to the writer. `wakes`: it does so even if it publishes
+    nothing."""
 
     __slots__ = ("commits", "size", "wakes")
 
-    def __init__(self, commits: list[Prepared]) -> None:
+    def __init__(self, commits: list[Prepared], wakes: bool) -> None:
         self.commits = commits
         self.size = sum(commit.size for commit in commits)
-        self.wakes = any(commit.publish for commit in commits)
+        self.wakes = wakes or any(commit.publish for commit in commits)
 
     def abandoned(self, answer: Any) -> None:
         """Nothing: the commits stand."""
@@ -143,7 +147,7 @@ def prepare(commit: Commit, ack: tuple[int, int] | None) -> Prepared:
             units.append((append.stream, last.source, index))
             if index == "open" and append.expected and UNIT_REDRIVEN in [e.type for e in append.events]:
                 revived.append((last.source, append.stream))
-    rows: list[tuple[bool, str, int, str, int, str | None]] = []
+    rows: list[tuple[bool, str, int, str, int, str | None, str | None]] = []
     for publish in commit.publish:
         event = publish.event
         copy = None
@@ -151,8 +155,9 @@ def prepare(commit: Commit, ack: tuple[int, int] | None) -> Prepared:
             text = encode(event)
             size += len(text)
             copy = text.decode()
+        delay = ceil(publish.delay * 1000)
         rows.append(
-            (publish.repeat, publish.stage, ceil(publish.delay * 1000), event.subject, event.version, copy)
+            (publish.repeat, publish.stage, delay, event.subject, event.version, copy, publish.group or None)
         )
     return Prepared(heads, log, units, revived, rows, commit.tally, ack, size)
 
@@ -218,6 +223,7 @@ def _write(connection: sqlite3.Connection, group: Iterable[Prepared], now: int) 
     units: dict[str, tuple[str, str, str | None]] = {}
     acks: list[Any] = []
     publish: list[Any] = []
+    lines: list[Any] = []
     revived: list[tuple[str, str]] = []
     for commit in group:
         log += commit.log
@@ -226,18 +232,22 @@ def _write(connection: sqlite3.Connection, group: Iterable[Prepared], now: int) 
             units[unit[0]] = unit
         if commit.ack is not None:
             acks += commit.ack
-        for repeat, stage, delay, stream, version, event in commit.publish:
+        for repeat, stage, delay, stream, version, event, line in commit.publish:
             if repeat:
                 # Whether the unit is queued depends on all that was acked and published before, in order.
-                _flush(connection, acks, publish, now)
-                connection.execute(_REMIND, (stage, now + delay, stream, version, event))
+                _flush(connection, acks, publish, lines, now)
+                if line:
+                    keep_order(connection)
+                connection.execute(_REMIND, (stage, now + delay, stream, version, event, line))
+            elif line:
+                lines += (stage, now + delay, stream, version, event, line)
             else:
                 publish += (stage, now + delay, stream, version, event)
     _LOG.run(connection, log)
     if revived:
         connection.executemany(_REVIVE, revived)
     _list(connection, units.values())
-    _flush(connection, acks, publish, now)
+    _flush(connection, acks, publish, lines, now)
 
 
 def _list(connection: sqlite3.Connection, units: Iterable[tuple[str, str, str | None]]) -> None:
@@ -256,9 +266,15 @@ def _list(connection: sqlite3.Connection, units: Iterable[tuple[str, str, str | 
     _BURY.run(connection, dead)
 
 
-def _flush(connection: sqlite3.Connection, acks: list[Any], publish: list[Any], now: int) -> None:
+def _flush(
+    connection: sqlite3.Connection, acks: list[Any], publish: list[Any], lines: list[Any], now: int
+) -> None:
     settle(connection, acks, now)
     _PUBLISH.run(connection, publish)
+    if lines:
+        keep_order(connection)
+        _LINE_UP.run(connection, lines)
+        lines.clear()
     acks.clear()
     publish.clear()
 

@@ -173,10 +173,10 @@ class Release(Change):
 
 
 class Ack(Change):
-    """The entry is gone, if it is still leased so."""
+    """The entry is gone, if it is still leased so. `wakes`: it may be the turn of another then."""
 
-    def __init__(self, lease: tuple[int, int]) -> None:
-        self.lease = lease
+    def __init__(self, lease: tuple[int, int], wakes: bool) -> None:
+        self.lease, self.wakes = lease, wakes
 
     def run(self, connection: sqlite3.Connection, now: int) -> None:
         settle(connection, list(self.lease), now)

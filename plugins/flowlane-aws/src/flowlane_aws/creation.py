@@ -1,0 +1,169 @@
+"""Making queues, for ``flowlane init``; never at run time.
+
+A unit's budget of attempts is kept in the log, which ends it with a reason. A queue gives a message up by its
+count of receives, and that counts more than attempts: deliveries that were left alone, lost leases, a Lambda
+that was throttled. So it must allow more receives than the log allows attempts, or healthy units would die.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import ceil
+from typing import Any, Final
+
+import msgspec
+from botocore.exceptions import ClientError
+
+from flowlane.errors import ConfigError, Retryable
+from flowlane.ports import QueueSpec
+from flowlane_aws.bounded import all_of
+from flowlane_aws.clients import asking
+from flowlane_aws.lookup import MISSING, Redrive
+from flowlane_aws.names import Names
+from flowlane_aws.receiving import LONGEST_LEASE
+
+#: Receives before a message is given up: twice the log's attempts, and no fewer than these (SQS's default).
+_LEAST_RECEIVES: Final = 10
+#: The same of an ordered stage, whose retries and continuations are all receives of one message.
+_LEAST_RECEIVES_IN_ORDER: Final = 100
+_MOST_RECEIVES: Final = 1000
+#: Seconds that a message is kept: 4 days, and 14 (the most there is) once it was given up. On a standard
+#: queue the time before that counts too, so a dead letter has 10 days at least.
+_KEPT: Final = 345_600
+_DEAD_KEPT: Final = 1_209_600
+#: Seconds that a Lambda function may take; its queue's messages must be hidden for at least as long as it.
+_LAMBDA: Final = 900
+_LONGEST_MESSAGE: Final = 1_048_576
+
+_Attributes = Mapping[str, str]
+
+
+async def create(client: Any, names: Names, specs: Sequence[QueueSpec]) -> Sequence[str]:
+    """Make what is missing of the queues of `specs`: each with a dead-letter queue of its own. A queue that
+    has none given to it yet is given its own. What is set otherwise is left as somebody set it.
+
+    Raises:
+        ConfigError: a queue is of the wrong kind, gives messages up elsewhere or too soon; or it may not be
+            asked for or made.
+        Retryable: SQS is away, or has deleted a queue of that name within the last minute.
+    """
+    made = await all_of([_Making(client, names, spec).make for spec in specs], 8)
+    return [name for some in made for name in some]
+
+
+class _Making:
+    """One stage's queue."""
+
+    def __init__(self, client: Any, names: Names, spec: QueueSpec) -> None:
+        self._client = client
+        self._spec = spec
+        self._kind = {"FifoQueue": "true"} if spec.ordered else {}
+        self._name = names.queue(spec.name, ordered=spec.ordered)
+        self._dead = names.dead(spec.name, ordered=spec.ordered)
+        self._other = names.queue(spec.name, ordered=not spec.ordered)
+
+    async def make(self) -> Sequence[str]:
+        """See ``create``."""
+        spec = self._spec
+        if spec.lease > LONGEST_LEASE:
+            raise ConfigError(
+                f"stage {spec.name}: a lease of {spec.lease:g} s is longer than SQS hides a message (at most "
+                f"{LONGEST_LEASE} s): choose a shorter one, it is renewed while the stage is at work"
+            )
+        if await self._attributes(self._other) is not None:
+            raise self._wrong_kind()
+        made: list[str] = []
+        if await self._attributes(self._dead) is None:
+            await self._create(self._dead, {"MessageRetentionPeriod": str(_DEAD_KEPT)})
+            made.append(self._dead)
+        dead = (await self._attributes(self._dead) or {}).get("QueueArn", "")
+        found = await self._attributes(self._name)
+        if found is None:
+            await self._create(self._name, self._wanted(dead))
+            made.append(self._name)
+        elif not Redrive.of(found).dead_letter_target_arn:
+            await self._set(self._name, {"RedrivePolicy": self._policy(dead)})
+            made.append(f"the dead letters of {self._name}")
+        else:
+            self._check(Redrive.of(found), dead)
+        return made
+
+    def _wrong_kind(self) -> ConfigError:
+        stage, other = self._spec.name, self._other
+        why = (
+            f"stage {stage} has an order key, but its queue {other} is a standard one, which keeps no order"
+            if self._spec.ordered
+            else f"stage {stage} has no order key, but its queue {other} is a FIFO one"
+        )
+        return ConfigError(
+            f"{why}: let it drain and delete it (aws sqs delete-queue), then run `flowlane init` again"
+        )
+
+    def _check(self, policy: Redrive, dead: str) -> None:
+        if policy.dead_letter_target_arn != dead:
+            target = policy.dead_letter_target_arn.rpartition(":")[2]
+            raise ConfigError(
+                f"queue {self._name} gives messages up to {target}, where flowlane does not look for them: "
+                f"set {self._dead} as its dead-letter queue"
+            )
+        least = self._spec.retries + 2
+        if policy.max_receive_count < least:
+            raise ConfigError(
+                f"queue {self._name} gives a message up after {policy.max_receive_count} receives, but stage "
+                f"{self._spec.name} may need {least}: set its maxReceiveCount to {self._receives()}"
+            )
+
+    def _receives(self) -> int:
+        least = _LEAST_RECEIVES_IN_ORDER if self._spec.ordered else _LEAST_RECEIVES
+        return min(max(2 * (self._spec.retries + 1), least), _MOST_RECEIVES)
+
+    def _policy(self, dead: str) -> str:
+        return msgspec.json.encode(Redrive(self._receives(), dead)).decode()
+
+    def _wanted(self, dead: str) -> _Attributes:
+        # A worker says with each receive for how long; Lambda goes by what is set here, and no mapping may be
+        # made where that is less than the function's timeout.
+        hidden = min(max(self._spec.lease, min(self._spec.timeout, _LAMBDA)), LONGEST_LEASE)
+        wanted = {
+            "MaximumMessageSize": str(_LONGEST_MESSAGE),
+            "MessageRetentionPeriod": str(_KEPT),
+            "RedrivePolicy": self._policy(dead),
+            "VisibilityTimeout": str(max(1, ceil(hidden))),
+        }
+        if self._spec.ordered:
+            # High throughput: the order is within groups, and so is what is dropped as sent twice.
+            wanted |= {"DeduplicationScope": "messageGroup", "FifoThroughputLimit": "perMessageGroupId"}
+        return wanted
+
+    # ------------------------------------------------------------------ calls
+
+    async def _attributes(self, name: str) -> _Attributes | None:
+        """Those of the queue called `name`; ``None`` if there is none."""
+        try:
+            async with asking(f"looking for queue {name}", passing=MISSING):
+                url = (await self._client.get_queue_url(QueueName=name))["QueueUrl"]
+                answer = await self._client.get_queue_attributes(QueueUrl=url, AttributeNames=["All"])
+                attributes: _Attributes = answer.get("Attributes") or {}
+                return attributes
+        except ClientError:  # passed: it is missing
+            return None
+
+    async def _create(self, name: str, attributes: _Attributes) -> None:
+        """Whoever makes the same at the same time is fine: SQS answers with the queue that is there."""
+        try:
+            async with asking(f"making queue {name}", passing=_DELETED):
+                await self._client.create_queue(QueueName=name, Attributes={**attributes, **self._kind})
+        except ClientError as error:
+            raise Retryable(
+                f"queue {name} was deleted less than 60 s ago, and SQS makes none of that name before: "
+                "run `flowlane init` again then",
+                delay=60,
+            ) from error
+
+    async def _set(self, name: str, attributes: _Attributes) -> None:
+        async with asking(f"setting queue {name}"):
+            url = (await self._client.get_queue_url(QueueName=name))["QueueUrl"]
+            await self._client.set_queue_attributes(QueueUrl=url, Attributes=attributes)
+
+
+_DELETED: Final = frozenset({"AWS.SimpleQueueService.QueueDeletedRecently", "QueueDeletedRecently"})

@@ -1,0 +1,87 @@
+"""What the resources of a backend are called: the same in every process, by its name alone."""
+
+from __future__ import annotations
+
+import re
+from hashlib import blake2b
+from typing import Final
+
+import msgspec
+
+from flowlane.errors import ConfigError
+
+_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,39}")
+_TABLE: Final = re.compile(r"[A-Za-z0-9_.-]{3,255}")
+_STAGE: Final = re.compile(r"(?:[a-z][a-z0-9_-]*/)?[a-z][a-z0-9_]*")
+_UNFIT: Final = re.compile(r"[^A-Za-z0-9_-]+")
+
+#: SQS: 80 characters, the ``.fifo`` that ends an ordered queue's name included (CreateQueue, QueueName).
+_QUEUE: Final = 80 - len("-dead.fifo")
+#: Kinesis: 128 characters (CreateStream, StreamName).
+_STREAM: Final = 128
+
+
+class Names(msgspec.Struct, frozen=True):
+    """The names that begin with ``name``; ``table`` and ``queue_prefix`` stand in for what follows from it.
+
+    Different stages (channels) never share a queue (stream): a text that does not survive being made a name,
+    or is too long for one, has a digest of itself put behind what is left of it.
+    """
+
+    name: str
+    table: str = ""
+    queue_prefix: str = ""
+
+    @property
+    def log(self) -> str:
+        """The log's table."""
+        return self.table or f"{self.name}-log"
+
+    def queue(self, stage: str, *, ordered: bool = False) -> str:
+        """The queue of `stage` (as ``Publish.stage`` has it: lane/stage)."""
+        return self._queue(stage) + (".fifo" if ordered else "")
+
+    def dead(self, stage: str, *, ordered: bool = False) -> str:
+        """The queue for what the queue of `stage` gave up."""
+        return f"{self._queue(stage)}-dead" + (".fifo" if ordered else "")
+
+    def stream(self, channel: str) -> str:
+        """The Kinesis stream of `channel`."""
+        return _shortened(
+            f"{self.name}-{_UNFIT.sub('-', channel)}", channel, _STREAM, bool(_UNFIT.search(channel))
+        )
+
+    def _queue(self, stage: str) -> str:
+        # A dash within a stage's own name could be the one between another lane and its stage; and a stage
+        # called "dead" could be the dead letters of a stage called like its lane. Lanes and stages are in
+        # lower case, digests in upper: a digest is no stage.
+        fit = bool(_STAGE.fullmatch(stage)) and stage.rpartition("/")[2] != "dead"
+        return _shortened(
+            f"{self.queue_prefix or self.name}-{_UNFIT.sub('-', stage)}", stage, _QUEUE, not fit
+        )
+
+
+def checked(names: Names) -> Names:
+    """`names`, of which AWS would take every one.
+
+    Raises:
+        ConfigError: it would not; says which part of the URI is to be another.
+    """
+    if not _NAME.fullmatch(names.name):
+        raise ConfigError(
+            f"aws://{names.name}: a backend's name is 1 to 40 letters, digits, - and _, with a letter first"
+        )
+    if not _TABLE.fullmatch(names.log):
+        raise ConfigError(f"aws://{names.name}: table={names.table} is no name of a DynamoDB table")
+    if names.queue_prefix and not _NAME.fullmatch(names.queue_prefix):
+        raise ConfigError(
+            f"aws://{names.name}: queue_prefix={names.queue_prefix} is not 1 to 40 letters, digits, - and _"
+        )
+    return names
+
+
+def _shortened(name: str, text: str, limit: int, unfit: bool) -> str:
+    if not unfit and len(name) <= limit:
+        return name
+    digest = blake2b(text.encode(), digest_size=5).hexdigest().upper()
+    return f"{name[: limit - len(digest) - 1]}-{digest}"

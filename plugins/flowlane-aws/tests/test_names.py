@@ -1,0 +1,63 @@
+"""Names: deterministic, fit for AWS, and never the same for two things."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flowlane.errors import ConfigError
+from flowlane_aws.names import Names, checked
+
+_part = st.text(alphabet="ab-_9", min_size=1, max_size=4)
+_stages = st.one_of(
+    st.builds(lambda lane, stage: f"l{lane}/s{stage}", _part, _part),
+    st.sampled_from(
+        ["a/dead", "a-b/dead", "b/c", "a/b-c", "a-b/c", "a-b", "load", "a" * 63 + "/" + "b" * 63]
+    ),
+    st.text(min_size=1, max_size=100),
+)
+
+
+@given(st.lists(_stages, min_size=2, max_size=8, unique=True))
+def test_stages_never_share_a_queue(stages: list[str]) -> None:
+    names = Names("prod")
+    every = [
+        name
+        for stage in stages
+        for ordered in (False, True)
+        for name in (names.queue(stage, ordered=ordered), names.dead(stage, ordered=ordered))
+    ]
+    assert len(set(every)) == len(every)
+    for name in every:
+        assert re.fullmatch(r"[A-Za-z0-9_-]{1,75}(\.fifo)?", name)
+        assert name.startswith("prod-")
+
+
+@given(st.lists(st.text(min_size=1, max_size=200), min_size=2, max_size=8, unique=True))
+def test_channels_never_share_a_stream(channels: list[str]) -> None:
+    streams = [Names("prod").stream(channel) for channel in channels]
+    assert len(set(streams)) == len(streams)
+    assert all(re.fullmatch(r"[A-Za-z0-9_.-]{1,128}", stream) for stream in streams)
+
+
+def test_plain_names_are_plain() -> None:
+    names = Names("prod")
+    assert names.log == "prod-log"
+    assert names.queue("gharchive/land") == "prod-gharchive-land"
+    assert names.dead("gharchive/land", ordered=True) == "prod-gharchive-land-dead.fifo"
+    assert names.queue("my-lane/load") == "prod-my-lane-load"
+    assert names.stream("changes") == "prod-changes"
+    other = Names("prod", "mine", "eu")
+    assert (other.log, other.queue("a/b"), other.stream("c")) == ("mine", "eu-a-b", "prod-c")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [Names("a b"), Names(""), Names("x" * 41), Names("a", table="a/b"), Names("a", queue_prefix="x" * 60)],
+)
+def test_what_aws_takes_for_no_name_is_refused(names: Names) -> None:
+    with pytest.raises(ConfigError):
+        checked(names)
