@@ -82,7 +82,7 @@ async def flowlane(endpoint: str, rows: int, options: dict[str, str]) -> tuple[l
     from flowlane.clock import SystemClock
     from flowlane.ports import Batch, Connections, Environment, Split, UnitRef
     from flowlane.state import Position
-    from flowlane_aws.dynamodb import open_sink
+    from flowlane_aws.dynamodb.factory import open_sink
 
     environment = Environment(SystemClock(), cast(Connections, None))
     records = [record(number) for number in range(rows)]

@@ -129,7 +129,7 @@ async def flowlane(count: int, endpoint: str) -> dict[str, float]:
     from flowlane.worker import run_once
     from flowlane_aws.clients import open_client
     from flowlane_aws.names import Names
-    from flowlane_aws.queue import Queues
+    from flowlane_aws.queue.queue import Queues
 
     class Item(Unit, key="n"):
         n: int

@@ -197,7 +197,7 @@ def opened_store() -> Any:
 
     from flowlane.clock import SystemClock
     from flowlane.ports import Connections, Environment
-    from flowlane_aws.s3 import open_store
+    from flowlane_aws.s3.store import open_store
 
     return open_store("s3://", Environment(SystemClock(), cast("Connections", None)))
 

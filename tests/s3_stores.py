@@ -10,7 +10,7 @@ from typing import Any, cast
 from flowlane.clock import SystemClock
 from flowlane.ports import Connections, Environment
 from flowlane_aws.clients import open_client
-from flowlane_aws.s3 import S3Store, open_store
+from flowlane_aws.s3.store import S3Store, open_store
 
 BUCKET = "flowlane-test"
 BASE = f"s3://{BUCKET}/deep/"

@@ -10,7 +10,7 @@
 
     @hookimpl
     def flowlane_provides():
-        return [Provides("store", "s3", "flowlane_aws.s3:open_store")]
+        return [Provides("store", "s3", "flowlane_aws.s3.store:open_store")]
 """
 
 from __future__ import annotations

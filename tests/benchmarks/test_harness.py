@@ -12,7 +12,16 @@ from benchmarks.__main__ import CASES, bars, main, number, plain, table
 from benchmarks.archive import is_whole, make_piece
 from benchmarks.harness import Bar, Candidate, Case, WrongOutput, measure, run
 
-SIZES = {"engine": 300, "landing": 1 << 20, "lag": 1 << 20, "decode": 1 << 20, "sqs": 300, "stores": 12 << 20}
+SIZES = {
+    "engine": 300,
+    "landing": 1 << 20,
+    "lag": 1 << 20,
+    "decode": 1 << 20,
+    "sqs": 300,
+    "stores": 12 << 20,
+    "fan-in": 40,
+    "dynamodb": 100,
+}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.name))

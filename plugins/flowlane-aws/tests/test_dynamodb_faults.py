@@ -16,10 +16,10 @@ from flowlane.clock import SystemClock
 from flowlane.errors import ConfigError, Retryable
 from flowlane.ports import Bad, Connections, Environment, UnitRef
 from flowlane.testing.sink_suite import cut_up, split
-from flowlane_aws.dynamodb import open_sink
-from flowlane_aws.dynamodb_forms import Item, Puts, Transactions, chunks
-from flowlane_aws.dynamodb_pace import MOST, START, Pace
-from flowlane_aws.dynamodb_sink import DynamoSink
+from flowlane_aws.dynamodb.factory import open_sink
+from flowlane_aws.dynamodb.forms import Item, Puts, Transactions, chunks
+from flowlane_aws.dynamodb.pace import MOST, START, Pace
+from flowlane_aws.dynamodb.sink import DynamoSink
 from tests.aws_wire import Answer
 from tests.dynamodb_tables import MARK, call, contents, items
 from tests.fault_proxy import Exchange, FaultProxy, lost_reply, lost_request, refused, throttled

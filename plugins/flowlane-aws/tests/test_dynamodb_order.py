@@ -17,12 +17,12 @@ from flowlane.errors import Fenced, Permanent
 from flowlane.ports import Batch, Record, UnitRef
 from flowlane.state import Position
 from flowlane.testing.sink_suite import cut_up, split, write
-from flowlane_aws import dynamodb_table
 from flowlane_aws.clients import open_client
-from flowlane_aws.dynamodb import open_sink
-from flowlane_aws.dynamodb_forms import Form, Puts, Transactions, lean
-from flowlane_aws.dynamodb_pace import Delivery, Pace
-from flowlane_aws.dynamodb_sink import DynamoSink
+from flowlane_aws.dynamodb import table as dynamodb_table
+from flowlane_aws.dynamodb.factory import open_sink
+from flowlane_aws.dynamodb.forms import Form, Puts, Transactions, lean
+from flowlane_aws.dynamodb.pace import Delivery, Pace
+from flowlane_aws.dynamodb.sink import DynamoSink
 from tests.dynamodb_tables import ENVIRONMENT, MARK, contents, items
 from tests.fault_proxy import Exchange, FaultProxy
 

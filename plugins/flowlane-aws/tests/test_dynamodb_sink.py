@@ -9,7 +9,7 @@ import pytest
 
 from flowlane.ports import Record, Sink
 from flowlane.testing.sink_suite import KeyedSuite
-from flowlane_aws.dynamodb import open_sink
+from flowlane_aws.dynamodb.factory import open_sink
 from tests.dynamodb_tables import ENVIRONMENT, contents
 
 

@@ -15,8 +15,8 @@ from flowlane.plugins import Registry
 from flowlane.ports import Bad, Batch, Record, UnitRef
 from flowlane.state import Position
 from flowlane.testing.sink_suite import split
-from flowlane_aws.dynamodb import open_sink
-from flowlane_aws.dynamodb_table import PATIENCE
+from flowlane_aws.dynamodb.factory import open_sink
+from flowlane_aws.dynamodb.table import PATIENCE
 from tests.aws_wire import Answer
 from tests.dynamodb_tables import ENVIRONMENT, MARK, call, contents, items
 from tests.fault_proxy import Exchange, FaultProxy, changed, refused

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowlane_aws.dynamodb_values import MAX_ITEM, Key, Misfit, item_of, key_of, value_of
+from flowlane_aws.dynamodb.values import MAX_ITEM, Key, Misfit, item_of, key_of, value_of
 
 PK = Key("pk", "S", 2048)
 NUMBER = Key("pk", "N", 2048)

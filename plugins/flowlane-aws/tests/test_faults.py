@@ -34,7 +34,9 @@ from flowlane.ports import QueueSpec
 from flowlane.settings import Settings
 from flowlane.testing import oracle
 from flowlane.worker import run_once
-from flowlane_aws import clients, commits, items, s3_upload, table, tallies
+from flowlane_aws import clients
+from flowlane_aws.log import commits, items, table, tallies
+from flowlane_aws.s3 import upload as s3_upload
 from tests.aws_wire import Answer
 from tests.fault_proxy import (
     Exchange,

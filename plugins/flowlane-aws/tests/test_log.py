@@ -24,9 +24,9 @@ from flowlane.testing.units import LANE, RUN, append, applied, discover, followi
 from flowlane_aws.backend import AwsBackend
 from flowlane_aws.bounded import owned_tasks
 from flowlane_aws.clients import open_client
-from flowlane_aws.known import Known
 from flowlane_aws.lazy import LazyClient
-from flowlane_aws.scan import Order
+from flowlane_aws.log.known import Known
+from flowlane_aws.log.scan import Order
 from tests.aws_backend import RealClock, Requests, counting, new_name, opened, storage_on
 
 
@@ -208,7 +208,7 @@ class TestTransactions:
     async def test_others_on_an_item_are_no_conflict(
         self, backend: AwsBackend, requests: Requests, monkeypatch: pytest.MonkeyPatch, place: int
     ) -> None:
-        monkeypatch.setattr("flowlane_aws.table._PAUSE", 0.0)
+        monkeypatch.setattr("flowlane_aws.log.table._PAUSE", 0.0)
         reasons = [{"Code": "TransactionConflict" if n == place else "None"} for n in range(2)]
         busy = refusal("TransactWriteItems", "TransactionCanceledException", CancellationReasons=reasons)
         requests.before.append(times(3, "TransactWriteItems", busy))
@@ -318,7 +318,7 @@ class TestIndexes:
         assert requests["UpdateItem"] == 0
 
     async def test_lists_come_in_pages(self, backend: AwsBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("flowlane_aws.table._LISTED", 2)
+        monkeypatch.setattr("flowlane_aws.log.table._LISTED", 2)
         units = [found(f"u{n:02}") for n in range(80)]
         await applied(backend, Commit([append(unit) for unit in units]))
         for listing in (backend.units(LANE, "open"), backend.scan(LANE), backend.scan(LANE, run=RUN)):

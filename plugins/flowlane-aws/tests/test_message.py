@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from flowlane.errors import Permanent
 from flowlane.events import MAX_EVENT_BYTES, Event, Reference, encode
 from flowlane.testing.units import found
-from flowlane_aws.message import length, read, write, write_reference
+from flowlane_aws.queue.message import length, read, write, write_reference
 
 #: SQS API, SendMessage, MessageBody: what it takes.
 ALLOWED = re.compile("[\x09\x0a\x0d\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]*")

@@ -19,7 +19,7 @@ from flowlane.sweep import sweep
 from flowlane.testing.units import LANE, append, applied, discover, found, listed, settle, within
 from flowlane.worker import run_once
 from flowlane_aws.backend import AwsBackend
-from flowlane_aws.commits import GRACE
+from flowlane_aws.log.commits import GRACE
 from tests.aws_backend import RealClock, Requests, counting, new_name, opened
 
 CUT = EndpointConnectionError(endpoint_url="http://gone")
@@ -269,7 +269,7 @@ def dying(when: str, operation: str, nth: int) -> Any:
 async def test_a_run_whose_process_died_ends_after_the_sweep(
     when: str, operation: str, nth: int, ministack: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flowlane_aws.commits.GRACE", 0.0)  # the sweep comes at once
+    monkeypatch.setattr("flowlane_aws.log.commits.GRACE", 0.0)  # the sweep comes at once
     effects: list[int] = []
     lane = lane_of(effects)
     settings = Settings(backend=f"aws://{new_name()}")

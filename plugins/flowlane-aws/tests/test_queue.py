@@ -23,8 +23,8 @@ from flowlane.ports import Publish, QueueSpec
 from flowlane.testing.units import following, found
 from flowlane_aws.clients import open_client
 from flowlane_aws.names import Names
-from flowlane_aws.queue import Queues
-from flowlane_aws.receiving import Received
+from flowlane_aws.queue.queue import Queues
+from flowlane_aws.queue.receiving import Received
 
 NAMES = Names("suite")
 LOAD, COPY = QueueSpec("lane/load", 30, 60), QueueSpec("lane/copy", 30, 60)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from flowlane.errors import ConfigError
 from flowlane.testing.store_suite import fetch
-from flowlane_aws import s3
-from flowlane_aws.s3_names import Pattern, Place, is_plain, place_of
+from flowlane_aws.s3 import store as s3
+from flowlane_aws.s3.names import Pattern, Place, is_plain, place_of
 from tests.s3_stores import BASE, BUCKET, opened
 
 keys = st.text(st.characters(codec="utf-8"), min_size=1, max_size=40)

@@ -12,8 +12,8 @@ import pytest
 from flowlane.errors import ConfigError, Incomplete, Retryable, Superseded
 from flowlane.testing.lying_server import Lie, LyingServer
 from flowlane.testing.store_suite import fetch, noise
-from flowlane_aws.s3 import S3Store
-from flowlane_aws.s3_body import MAX_RESUMES
+from flowlane_aws.s3.body import MAX_RESUMES
+from flowlane_aws.s3.store import S3Store
 from tests import servers
 from tests.fault_proxy import FaultProxy, cut, refused
 from tests.s3_stores import BASE, BUCKET, acquired, narrow, opened

@@ -20,8 +20,9 @@ from flowlane.state import Position
 from flowlane.testing.source_suite import SourceSuite
 from flowlane.testing.store_suite import fetch, noise
 from flowlane.worker import run_once
-from flowlane_aws import s3_bytes, s3_upload
-from flowlane_aws.s3 import S3Store
+from flowlane_aws.s3 import bytes as s3_bytes
+from flowlane_aws.s3 import upload as s3_upload
+from flowlane_aws.s3.store import S3Store
 from tests.fault_proxy import Exchange, FaultProxy, refused
 from tests.s3_stores import BASE, BUCKET, HastyClock, opened
 

@@ -10,8 +10,8 @@ import pytest
 from flowlane.clock import SystemClock
 from flowlane.ports import Connections, Environment
 from flowlane.testing.store_suite import StoreSuite
-from flowlane_aws.s3 import S3Store, open_store
-from flowlane_aws.s3_upload import PART
+from flowlane_aws.s3.store import S3Store, open_store
+from flowlane_aws.s3.upload import PART
 
 BUCKET = "flowlane-test"
 

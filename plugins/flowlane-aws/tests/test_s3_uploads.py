@@ -15,13 +15,14 @@ import pytest
 from flowlane.errors import ConfigError, Fenced, Incomplete, Permanent, Retryable
 from flowlane.ports import Upload
 from flowlane.testing.store_suite import fetch, noise
-from flowlane_aws import s3_bytes, s3_upload
 from flowlane_aws.clients import open_client
-from flowlane_aws.s3 import S3Store
-from flowlane_aws.s3_bytes import Blocks, Comparison, Part, composite, crc_of
-from flowlane_aws.s3_names import place_of
-from flowlane_aws.s3_parts import sent_unhashed
-from flowlane_aws.s3_upload import UploadId, part_size
+from flowlane_aws.s3 import bytes as s3_bytes
+from flowlane_aws.s3 import upload as s3_upload
+from flowlane_aws.s3.bytes import Blocks, Comparison, Part, composite, crc_of
+from flowlane_aws.s3.names import place_of
+from flowlane_aws.s3.parts import sent_unhashed
+from flowlane_aws.s3.store import S3Store
+from flowlane_aws.s3.upload import UploadId, part_size
 from tests.aws_wire import Answer
 from tests.fault_proxy import Exchange, FaultProxy, Rule, lost_reply, refused
 from tests.s3_stores import BASE, BUCKET, HastyClock, acquired, opened

@@ -31,15 +31,15 @@ from flowlane.ports import (
 from flowlane.state import RunTally
 from flowlane_aws.bounded import all_of, each, owned_tasks
 from flowlane_aws.clients import open_client
-from flowlane_aws.commits import Draft, is_timer
 from flowlane_aws.kinesis import KinesisChannel
 from flowlane_aws.lazy import LazyClient
-from flowlane_aws.log import Log
-from flowlane_aws.making import create
+from flowlane_aws.log.commits import Draft, is_timer
+from flowlane_aws.log.log import Log
+from flowlane_aws.log.making import create
+from flowlane_aws.log.table import Table
 from flowlane_aws.names import Names, checked
-from flowlane_aws.queue import Queues
-from flowlane_aws.receiving import Received
-from flowlane_aws.table import Table
+from flowlane_aws.queue.queue import Queues
+from flowlane_aws.queue.receiving import Received
 
 logger = logging.getLogger("flowlane")
 

@@ -18,7 +18,7 @@ import msgspec
 from flowlane.clock import Clock
 from flowlane.engine import leaf
 from flowlane.errors import Retryable
-from flowlane_aws.dynamodb_forms import Answer, Form, Item, chunks
+from flowlane_aws.dynamodb.forms import Answer, Form, Item, chunks
 
 T = TypeVar("T")
 

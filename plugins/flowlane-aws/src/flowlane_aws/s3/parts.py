@@ -20,8 +20,8 @@ from botocore.exceptions import ClientError
 from flowlane.clock import Clock
 from flowlane.errors import Fenced, Incomplete, Retryable
 from flowlane_aws.clients import asking, code_of, status_of
-from flowlane_aws.s3_bytes import Blocks, Part, crc_of
-from flowlane_aws.s3_names import Place
+from flowlane_aws.s3.bytes import Blocks, Part, crc_of
+from flowlane_aws.s3.names import Place
 
 #: The highest part number; here: the claim's.
 CLAIM: Final = 10_000

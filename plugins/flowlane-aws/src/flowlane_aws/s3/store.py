@@ -17,10 +17,10 @@ from flowlane.clock import Clock
 from flowlane.errors import ConfigError, Fenced
 from flowlane.ports import Body, Environment, ObjectInfo, Upload
 from flowlane_aws.clients import asking, open_client, status_of
-from flowlane_aws.s3_body import S3Body, Wanted, describe, info_of
-from flowlane_aws.s3_names import Pattern, Place, is_plain, place_of
-from flowlane_aws.s3_parts import Multipart, sent_unhashed, uploads
-from flowlane_aws.s3_upload import S3Upload, UploadId
+from flowlane_aws.s3.body import S3Body, Wanted, describe, info_of
+from flowlane_aws.s3.names import Pattern, Place, is_plain, place_of
+from flowlane_aws.s3.parts import Multipart, sent_unhashed, uploads
+from flowlane_aws.s3.upload import S3Upload, UploadId
 
 #: Objects that a listing holds in memory to bring them into order.
 HELD: Final = 10_000

@@ -16,7 +16,7 @@ from flowlane.clock import Clock
 from flowlane.errors import ConfigError, Permanent, Retryable
 from flowlane_aws.bounded import all_of
 from flowlane_aws.clients import asking, code_of
-from flowlane_aws.items import INDEXES, Item, text
+from flowlane_aws.log.items import INDEXES, Item, text
 
 #: Seconds for one request, all of the SDK's tries included.
 _PATIENCE: Final = 10.0

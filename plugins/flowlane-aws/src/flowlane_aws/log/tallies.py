@@ -20,8 +20,8 @@ import msgspec
 
 from flowlane.ports import Tally
 from flowlane.state import Counts, RunTally, StageTally
-from flowlane_aws.items import SHARDS, Item, text
-from flowlane_aws.table import Table
+from flowlane_aws.log.items import SHARDS, Item, text
+from flowlane_aws.log.table import Table
 
 #: (run, round, which item) -> attribute -> what is added.
 Additions = dict[tuple[str, int, str], dict[str, int]]

@@ -38,10 +38,10 @@ from flowlane.connectors.hop import hop
 from flowlane.errors import Fenced, Permanent
 from flowlane.ports import Bad, Batch, Record, Split, UnitRef
 from flowlane_aws.clients import asking
-from flowlane_aws.dynamodb_forms import Item, send
-from flowlane_aws.dynamodb_pace import Delivery, patient
-from flowlane_aws.dynamodb_table import Table
-from flowlane_aws.dynamodb_values import Misfit, Value, item_of
+from flowlane_aws.dynamodb.forms import Item, send
+from flowlane_aws.dynamodb.pace import Delivery, patient
+from flowlane_aws.dynamodb.table import Table
+from flowlane_aws.dynamodb.values import Misfit, Value, item_of
 
 _BATCH: Final = 10**9  # places of one batch: more records than memory holds
 #: Bytes of the mark, at most, without its name (see ``dynamodb_values``).

@@ -18,11 +18,11 @@ from flowlane.errors import Retryable
 from flowlane.ports import Publish, QueueSpec
 from flowlane_aws.bounded import all_of
 from flowlane_aws.clients import asking, code_of
-from flowlane_aws.creation import create
-from flowlane_aws.lookup import MISSING, Lookup
 from flowlane_aws.names import Names
-from flowlane_aws.receiving import LONGEST_LEASE, Received, Receiver, Resolve, whole
-from flowlane_aws.sending import BATCH, Entry, Sender, insisting
+from flowlane_aws.queue.creation import create
+from flowlane_aws.queue.lookup import MISSING, Lookup
+from flowlane_aws.queue.receiving import LONGEST_LEASE, Received, Receiver, Resolve, whole
+from flowlane_aws.queue.sending import BATCH, Entry, Sender, insisting
 
 #: What SQS answers about a receipt that holds nothing any more (the last: the message is gone).
 _STALE: Final = frozenset(

@@ -16,10 +16,10 @@ from flowlane.clock import Clock
 from flowlane.connectors.hop import hop
 from flowlane.errors import Fenced, Permanent, Retryable, Superseded
 from flowlane.ports import ObjectInfo
-from flowlane_aws.s3_body import S3Body, Wanted, describe
-from flowlane_aws.s3_bytes import SMALLEST, Comparison, Part, composite, crc_of, pin_of, taken
-from flowlane_aws.s3_names import Place
-from flowlane_aws.s3_parts import CLAIM, Lost, Multipart, put
+from flowlane_aws.s3.body import S3Body, Wanted, describe
+from flowlane_aws.s3.bytes import SMALLEST, Comparison, Part, composite, crc_of, pin_of, taken
+from flowlane_aws.s3.names import Place
+from flowlane_aws.s3.parts import CLAIM, Lost, Multipart, put
 
 #: Bytes of a part, and how many are on their way at once; later parts are larger, see ``part_size``.
 PART: Final = 8 << 20

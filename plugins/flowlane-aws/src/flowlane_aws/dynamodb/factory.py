@@ -8,11 +8,11 @@ from typing import Any, Final
 
 from flowlane.errors import ConfigError, redact
 from flowlane.ports import Environment
-from flowlane_aws import dynamodb_table
 from flowlane_aws.clients import open_client
-from flowlane_aws.dynamodb_forms import Batches, Form, Puts, Transactions, lean
-from flowlane_aws.dynamodb_pace import MOST, Delivery, Pace
-from flowlane_aws.dynamodb_sink import DynamoSink
+from flowlane_aws.dynamodb import table as dynamodb_table
+from flowlane_aws.dynamodb.forms import Batches, Form, Puts, Transactions, lean
+from flowlane_aws.dynamodb.pace import MOST, Delivery, Pace
+from flowlane_aws.dynamodb.sink import DynamoSink
 
 _FORMS: Final[dict[str, type[Transactions | Puts]]] = {"transactions": Transactions, "puts": Puts}
 #: Single puts: more of them at once make up for their being small.

@@ -19,7 +19,7 @@ from flowlane.clock import Clock
 from flowlane.errors import Incomplete, Permanent, Retryable, Superseded
 from flowlane.ports import ObjectInfo
 from flowlane_aws.clients import PATIENCE, asking, status_of
-from flowlane_aws.s3_names import Place
+from flowlane_aws.s3.names import Place
 
 #: A block that a body hands out has at most this many bytes, and as many as are to be had.
 BLOCK: Final = 1 << 20

@@ -20,14 +20,14 @@ from flowlane.errors import FlowlaneError
 from flowlane.events import Event
 from flowlane.ports import Commit, Committed, Index, Publish
 from flowlane.state import RunTally
-from flowlane_aws import items
 from flowlane_aws.bounded import all_of, each
-from flowlane_aws.commits import Committing, Draft, draft, due, waves
-from flowlane_aws.items import Item, text
-from flowlane_aws.known import Known
-from flowlane_aws.scan import Order
-from flowlane_aws.table import GETS, Table, in_portions
-from flowlane_aws.tallies import Tallies
+from flowlane_aws.log import items
+from flowlane_aws.log.commits import Committing, Draft, draft, due, waves
+from flowlane_aws.log.items import Item, text
+from flowlane_aws.log.known import Known
+from flowlane_aws.log.scan import Order
+from flowlane_aws.log.table import GETS, Table, in_portions
+from flowlane_aws.log.tallies import Tallies
 
 logger = logging.getLogger("flowlane")
 

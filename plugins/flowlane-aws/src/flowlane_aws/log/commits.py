@@ -18,13 +18,13 @@ from flowlane.clock import Clock
 from flowlane.errors import FlowlaneError, Permanent, Retryable, VersionConflict
 from flowlane.events import MAX_ACTIONS, Event
 from flowlane.ports import Commit, Committed, Publish
-from flowlane_aws import items
 from flowlane_aws.bounded import all_of, each
-from flowlane_aws.items import SHARDS, Item
-from flowlane_aws.known import Known
-from flowlane_aws.sending import LONGEST_DELAY
-from flowlane_aws.table import Table
-from flowlane_aws.tallies import Additions, additions, merge, place
+from flowlane_aws.log import items
+from flowlane_aws.log.items import SHARDS, Item
+from flowlane_aws.log.known import Known
+from flowlane_aws.log.table import Table
+from flowlane_aws.log.tallies import Additions, additions, merge, place
+from flowlane_aws.queue.sending import LONGEST_DELAY
 
 #: Bytes in one transaction: 4 MB is DynamoDB's limit.
 _MAX_BYTES: Final = 3_900_000

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flowlane.events import Event
-from flowlane_aws import items
+from flowlane_aws.log import items
 
 
 class Known:

@@ -18,9 +18,9 @@ from flowlane.errors import ConfigError, Retryable
 from flowlane.ports import QueueSpec
 from flowlane_aws.bounded import all_of
 from flowlane_aws.clients import asking
-from flowlane_aws.lookup import MISSING, Redrive
 from flowlane_aws.names import Names
-from flowlane_aws.receiving import LONGEST_LEASE
+from flowlane_aws.queue.lookup import MISSING, Redrive
+from flowlane_aws.queue.receiving import LONGEST_LEASE
 
 #: Receives before a message is given up: twice the log's attempts, and no fewer than these (SQS's default).
 _LEAST_RECEIVES: Final = 10

@@ -15,9 +15,9 @@ from flowlane.errors import ConfigError, Permanent, Retryable
 from flowlane.events import Event, Reference
 from flowlane_aws.bounded import each
 from flowlane_aws.clients import PATIENCE
-from flowlane_aws.lookup import Lookup, Queue
-from flowlane_aws.message import read
-from flowlane_aws.sending import BATCH
+from flowlane_aws.queue.lookup import Lookup, Queue
+from flowlane_aws.queue.message import read
+from flowlane_aws.queue.sending import BATCH
 
 logger = logging.getLogger("flowlane")
 

@@ -20,8 +20,8 @@ from flowlane.errors import ConfigError, FlowlaneError, Retryable
 from flowlane.ports import Publish
 from flowlane_aws.bounded import all_of
 from flowlane_aws.clients import code_of
-from flowlane_aws.lookup import Lookup, Queue
-from flowlane_aws.message import ALWAYS_FITS, LONGEST, length, write, write_reference
+from flowlane_aws.queue.lookup import Lookup, Queue
+from flowlane_aws.queue.message import ALWAYS_FITS, LONGEST, length, write, write_reference
 
 logger = logging.getLogger("flowlane")
 

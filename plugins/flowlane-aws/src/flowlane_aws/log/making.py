@@ -9,8 +9,8 @@ from botocore.exceptions import ClientError
 
 from flowlane.errors import ConfigError, Retryable
 from flowlane_aws.clients import asking
-from flowlane_aws.items import INDEXES
-from flowlane_aws.table import Table
+from flowlane_aws.log.items import INDEXES
+from flowlane_aws.log.table import Table
 
 
 async def create(table: Table) -> bool:

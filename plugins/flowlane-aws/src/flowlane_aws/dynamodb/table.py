@@ -13,8 +13,8 @@ from botocore.exceptions import ClientError
 from flowlane.clock import Clock
 from flowlane.errors import ConfigError, Retryable
 from flowlane_aws.clients import asking
-from flowlane_aws.dynamodb_pace import patient
-from flowlane_aws.dynamodb_values import Key
+from flowlane_aws.dynamodb.pace import patient
+from flowlane_aws.dynamodb.values import Key
 
 #: Seconds to wait for a table that is being made: usually it takes ten.
 PATIENCE: Final = 120.0
