@@ -33,7 +33,7 @@ demo: setup
 	@$(PY) examples/demo.py
 
 test: setup
-	@$(PY) -m pytest tests $(wildcard plugins/*/tests) -n 2
+	@$(PY) -m pytest tests $(wildcard plugins/*/tests) -n 4
 
 lint: setup
 	@$(PY) -m ruff check --quiet .
