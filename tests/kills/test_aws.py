@@ -1,0 +1,16 @@
+"""Workers and a Lambda function share queues, log and lake on AWS, and are killed all the time."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.kills.aws import AwsCampaign
+
+pytest.importorskip("awslambdaric", reason="awslambdaric is not installed (it has wheels for Linux only)")
+
+
+def test_three_workers_and_a_function_survive_kill_after_kill(tmp_path: Path) -> None:
+    campaign = AwsCampaign(tmp_path, hours=36, seed=1)
+    campaign.run(seconds=8)
+    assert campaign.killed.total() == 8
+    assert campaign.done_by_function > 0
