@@ -13,13 +13,14 @@ import pytest
 from flowlane import ConfigError, Context, Event, Lane, Permanent, Policy, Unit, plugins, veil
 from flowlane.clock import SystemClock
 from flowlane.compose import open_application
-from flowlane.connections import OpenConnections
+from flowlane.connections import IDLE, OpenConnections
 from flowlane.errors import Unauthorized
 from flowlane.hookspecs import Provides, hookimpl
 from flowlane.plugins import Registry
 from flowlane.ports import Environment
 from flowlane.settings import Settings
 from flowlane.state import progress
+from flowlane.veil import conceal
 from flowlane.worker import run_once
 
 OLD, NEW = "the-old-password", "the-new-password"
@@ -51,7 +52,6 @@ OUTSIDE = Outside()
 def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
     OUTSIDE.__init__()  # type: ignore[misc]  # the plugin is found by its module, which is imported once
     monkeypatch.setattr(veil, "_known", {})
-    monkeypatch.setattr(veil, "_heads", None)
 
 
 class Vault:
@@ -103,11 +103,18 @@ async def open_lazy(
         OUTSIDE.closed += 1
 
 
+@asynccontextmanager
+async def open_broken(uri: str, environment: Environment, *, password: str) -> AsyncIterator[Pool]:
+    yield Pool(password)
+    raise OSError(f"gone with {password}")
+
+
 @hookimpl
 def flowlane_provides() -> Sequence[Provides]:
     kinds: tuple[Any, ...] = ("source", "sink", "notifier", "store", "backend")
     return [
         Provides("secrets", "vault", f"{__name__}:open_vault"),
+        Provides("sink", "broken", f"{__name__}:open_broken"),
         *(Provides(kind, "pg", f"{__name__}:open_eager") for kind in kinds),
         *(Provides(kind, "lazy", f"{__name__}:open_lazy") for kind in kinds),
     ]
@@ -200,13 +207,16 @@ async def test_what_is_refused_at_work_goes_on_with_the_new_one_at_the_next_try(
         async with made.sink(lazy, {}) as before:
             await cast("Any", before).query()
         OUTSIDE.rotate()
-        assert await refused(made, lazy) is before, "it is kept while it does its work"
+        async with made.sink(lazy, {}):
+            assert await refused(made, lazy) is before, "it is kept while it does its work"
+            assert OUTSIDE.closed == 0, "others may be at work with the old one still"
+        assert OUTSIDE.closed == 1
         async with made.sink(lazy, {}) as sink:
             assert await cast("Any", sink).query() == "rows"
         async with made.sink(lazy, {}) as again:
             assert again is sink
         assert OUTSIDE.fetched == 1
-        assert OUTSIDE.closed == 0, "others may be at work with the old one still"
+        assert OUTSIDE.closed == 1
     assert OUTSIDE.closed == 2
 
 
@@ -346,3 +356,56 @@ async def test_no_reason_in_the_log_quotes_a_secret(
     assert all("***" in reason for reason in reasons), reasons
     for shown in (str(reasons), str(report.dead), caplog.text, *(data.decode() for data in everything)):
         assert "canary" not in shown
+
+
+# --------------------------------------------------------------------------- kept, and closed
+
+
+async def test_a_sink_for_each_unit_keeps_no_more_open_than_a_few() -> None:
+    url = "lazy://host/{}?password=pw-of-the-test"
+    async with connections() as made, made.sink(url.format("busy"), {}) as busy:
+        async with made.sink(url.format("often"), {}) as often:
+            pass
+        for n in range(3 * IDLE):
+            for name in (n, "often"):
+                async with made.sink(url.format(name), {}):
+                    pass
+        assert OUTSIDE.closed == 3 * IDLE - (IDLE - 1)
+        for name, kept in (("busy", busy), ("often", often), (3 * IDLE - 1, None)):
+            async with made.sink(url.format(name), {}) as again:
+                assert kept in (again, None)
+        assert OUTSIDE.closed == 3 * IDLE - (IDLE - 1), "those were open still"
+        assert len(made._locks) == 0
+    assert OUTSIDE.closed == 3 * IDLE + 2
+
+
+async def test_a_sink_that_cannot_be_closed_fails_nobody(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("flowlane.connections.IDLE", 1)
+    url = "broken://host/{}?password=pw-of-the-test"
+    async with AsyncExitStack() as stack:
+        made = OpenConnections(registry(), SystemClock(), stack, allow_private=False)
+        for n in range(3):
+            async with made.sink(url.format(n), {}):
+                pass
+        stack.pop_all()
+    assert [record.getMessage() for record in caplog.records] == [
+        "a sink could not be closed: OSError: gone with ***"
+    ] * 2
+
+
+# --------------------------------------------------------------------------- what is hidden
+
+
+async def test_a_password_in_a_uri_is_hidden_as_it_is_and_as_it_is_escaped() -> None:
+    async with connections() as made, made.sink(PG.replace("pg://", "lazy://u:p%40ssw%2food@", 1), {}):
+        assert conceal("no login for u with p@ssw/ood (p%40ssw%2food)") == "no login for u with *** (***)"
+
+
+async def test_of_a_secret_that_is_json_the_password_is_hidden_by_itself() -> None:
+    OUTSIDE.kept = '{"username": "postgres", "password": "hunter22", "port": 5432, "engine": "postgres"}'
+    async with connections() as made:
+        assert await made.secret("vault://pg") == OUTSIDE.kept
+    assert conceal("postgres refuses hunter22") == "postgres refuses ***"
+    assert OUTSIDE.kept[20:] not in conceal(f"bad {OUTSIDE.kept}")

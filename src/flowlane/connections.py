@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import (
     AbstractAsyncContextManager,
@@ -14,17 +15,28 @@ from contextlib import (
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
+from weakref import WeakValueDictionary
+
+import msgspec
 
 from flowlane.clock import Clock
+from flowlane.engine import describe
 from flowlane.errors import FlowlaneError, Unauthorized
 from flowlane.hookspecs import Kind
 from flowlane.plugins import Registry
 from flowlane.ports import Backend, Environment, Notifier, Sink, Source, Store
 from flowlane.veil import conceal, remember
 
-#: Options whose values are secrets, should somebody write them down instead of a reference.
+logger = logging.getLogger("flowlane")
+
+#: Options (and fields of secrets that are JSON) whose values are secrets have one of these in their name; of
+#: options, should somebody write them down instead of a reference.
 _SECRET = ("password", "secret", "token")
+
+
+#: Sinks kept open though nobody writes to them, at most.
+IDLE = 64
 
 
 @dataclass(frozen=True, slots=True, repr=False)  # the options that it was opened with have secrets in them
@@ -33,8 +45,18 @@ class _Opened:
     given: dict[str, Any]
 
 
+@dataclass(slots=True, repr=False)
+class _Shared:
+    """A sink, how it is closed, and how many write to it."""
+
+    opened: _Opened
+    closing: AsyncExitStack
+    users: int = 0
+
+
 class OpenConnections:
-    """Opens what lanes name by URI, once per URI and options, and closes all of it in the end.
+    """Opens what lanes name by URI, once per URI and options, and closes all of it in the end; of sinks that
+    nobody writes to, those in excess of ``IDLE`` at once: a lane may name another one for each unit.
 
     An option that is a secret reference reaches the plugin as the secret. What is then refused as
     ``Unauthorized`` is opened once more with the secret asked for anew, if that is another one.
@@ -46,7 +68,9 @@ class OpenConnections:
         self._registry = registry
         self._stack = stack
         self._kept: dict[str, _Opened] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._sinks: dict[str, _Shared] = {}
+        self._idle: dict[str, _Shared] = {}  # of these, longest idle first
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self.environment = Environment(clock, self, allow_private)
 
     # ------------------------------------------------------------------ see ``ports.Connections``
@@ -54,7 +78,7 @@ class OpenConnections:
     async def store(self, url: str) -> Store:
         """The store of `url`'s scheme."""
         plain, options = self._split("store", url, {})
-        _, opened = await self._keep("store", f"{plain.partition('://')[0]}://", plain, options)
+        opened = await self._keep("store", f"{plain.partition('://')[0]}://", plain, options)
         store: Store = opened.port
         return store
 
@@ -64,11 +88,18 @@ class OpenConnections:
 
     @asynccontextmanager
     async def sink(self, url: str, options: Mapping[str, Any]) -> AsyncIterator[Sink]:
-        """The sink at `url`, shared by all that write to it and closed in the end."""
+        """The sink at `url`, shared by all that write to it."""
         plain, wanted = self._split("sink", url, options)
-        key, opened = await self._keep("sink", plain, plain, wanted)
-        async with self._renewing(wanted, opened, key):
-            yield opened.port
+        key = _key("sink", plain, wanted)
+        sink = await self._share(key, plain, wanted)
+        sink.users += 1
+        self._idle.pop(key, None)
+        try:
+            async with self._renewing(wanted, sink.opened, key):
+                yield sink.opened.port
+        finally:
+            sink.users -= 1
+            await self._leave(key, sink)
 
     def notifier(self, url: str) -> AbstractAsyncContextManager[Notifier]:
         """The notifier at `url`, closed with its context."""
@@ -81,10 +112,10 @@ class OpenConnections:
     async def secret(self, reference: str, *, fresh: bool = False) -> str:
         """The secret named by `reference`; from now on ``veil.conceal`` knows it."""
         scheme = reference.partition("://")[0]
-        _, opened = await self._keep("secrets", f"{scheme}://", reference, {})
+        opened = await self._keep("secrets", f"{scheme}://", reference, {})
         asked = opened.port.get(reference, fresh=True) if fresh else opened.port.get(reference)
         value: str = await asked
-        remember(value)
+        _remember(value)
         return value
 
     # ------------------------------------------------------------------ options
@@ -93,7 +124,9 @@ class OpenConnections:
         """`url` without its options, and these and `options`, as they are."""
         plain, given = self._registry.split(kind, url)
         with suppress(ValueError):
-            remember(urlsplit(plain).password or "")
+            password = urlsplit(plain).password or ""
+            remember(password)
+            remember(unquote(password))  # as drivers quote it
         return plain, {**given, **options}
 
     async def _resolved(self, options: Mapping[str, Any], *, fresh: bool = False) -> dict[str, Any]:
@@ -105,20 +138,53 @@ class OpenConnections:
                 continue
             if value.startswith(secrets):
                 resolved[name] = await self.secret(value, fresh=fresh)
-            elif any(word in name.lower() for word in _SECRET):
+            elif _is_secret(name):
                 remember(value)
         return resolved
 
     # ------------------------------------------------------------------ opening
 
-    async def _keep(self, kind: Kind, name: str, url: str, options: Mapping[str, Any]) -> tuple[str, _Opened]:
-        # By the references, not by what they stand for: a rotated secret makes no second one of it.
-        said = repr((kind, name, sorted(options.items(), key=lambda item: item[0])))
-        key = blake2b(said.encode("utf-8", "surrogatepass")).hexdigest()  # some write a password into a URI
+    async def _keep(self, kind: Kind, name: str, url: str, options: Mapping[str, Any]) -> _Opened:
+        key = _key(kind, name, options)
         async with self._locks.setdefault(key, asyncio.Lock()):
             if key not in self._kept:
                 self._kept[key] = await self._stack.enter_async_context(self._opening(kind, url, options))
-        return key, self._kept[key]
+                self._stack.push_async_callback(self._close_sinks)  # which may stand on it
+        return self._kept[key]
+
+    async def _share(self, key: str, url: str, options: Mapping[str, Any]) -> _Shared:
+        async with self._locks.setdefault(key, asyncio.Lock()):
+            if key not in self._sinks:
+                async with AsyncExitStack() as closing:
+                    opened = await closing.enter_async_context(self._opening("sink", url, options))
+                    if not self._sinks:
+                        self._stack.push_async_callback(self._close_sinks)
+                    self._sinks[key] = _Shared(opened, closing.pop_all())
+            return self._sinks[key]
+
+    async def _leave(self, key: str, sink: _Shared) -> None:
+        """Close `sink` if it was replaced and this was the last of its users; or another one for its sake.
+        What was written is safe by then: that it cannot be closed fails nobody."""
+        if sink.users:
+            return
+        if self._sinks.get(key) is sink:
+            self._idle[key] = sink
+            if len(self._idle) <= IDLE:
+                return
+            key = next(iter(self._idle))
+            sink = self._idle.pop(key)
+            del self._sinks[key]
+        try:
+            await sink.closing.aclose()
+        except Exception as error:  # noqa: BLE001  # whatever a plugin's sink raises
+            logger.warning("a sink could not be closed: %s", describe(error))
+
+    async def _close_sinks(self) -> None:
+        self._idle.clear()
+        async with AsyncExitStack() as closing:
+            for sink in self._sinks.values():
+                closing.push_async_exit(sink.closing)
+            self._sinks.clear()
 
     @asynccontextmanager
     async def _fresh(self, kind: Kind, url: str, options: Mapping[str, Any]) -> AsyncIterator[Any]:
@@ -147,10 +213,10 @@ class OpenConnections:
 
     @asynccontextmanager
     async def _renewing(
-        self, options: Mapping[str, Any], opened: _Opened, key: str | None = None
+        self, options: Mapping[str, Any], opened: _Opened, key: str = ""
     ) -> AsyncIterator[None]:
         """Where what was opened is refused in here, its secrets are fetched anew, for the next attempt; if
-        they have changed, what is kept under `key` is not used again."""
+        they have changed, the sink kept under `key` is not used again."""
         try:
             with _concealed():
                 yield
@@ -158,9 +224,34 @@ class OpenConnections:
             if _is_refusal(error):
                 with suppress(FlowlaneError):  # the refusal is what is told of
                     renewed = await self._resolved(options, fresh=True)
-                    if renewed != opened.given and key is not None and self._kept.get(key) is opened:
-                        del self._kept[key]  # who uses it still may go on; it is closed in the end
+                    kept = self._sinks.get(key) if key else None
+                    if renewed != opened.given and kept is not None and kept.opened is opened:
+                        del self._sinks[key]  # who uses it still may go on; the last one closes it
             raise
+
+
+def _key(kind: Kind, name: str, options: Mapping[str, Any]) -> str:
+    """What names one that is kept. By the references, not by what they stand for: a rotated secret makes no
+    second one of it; and hashed, since some write a password into a URI."""
+    said = repr((kind, name, sorted(options.items(), key=lambda item: item[0])))
+    return blake2b(said.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _remember(secret: str) -> None:
+    """`secret` is known to ``veil``; of one that is a JSON object, as RDS writes them, what it is about, too:
+    who asks for all of it takes it apart."""
+    remember(secret)
+    fields: Any = None
+    if secret.startswith("{"):
+        with suppress(ValueError, RecursionError):
+            fields = msgspec.json.decode(secret)
+    for name, value in fields.items() if isinstance(fields, dict) else ():
+        if isinstance(value, str) and _is_secret(name):
+            remember(value)
+
+
+def _is_secret(name: str) -> bool:
+    return any(word in name.lower() for word in _SECRET)
 
 
 def _is_refusal(error: Exception) -> bool:

@@ -61,15 +61,15 @@ async def copy(  # the parameters are the promise of ``Context.copy``
     await attempt.start()
     source = await attempt.engine.connections.store(url)
     target = await attempt.engine.connections.store(to)
-    landed = await _landed(attempt, target, to, state.whole)
+    landed = await _landed(attempt, name, state, target, to)
     if landed is not None:
         _done(attempt, name, state.whole, state.etag)
-        await _tidy(attempt, target, to)
+        await tidy(attempt, target, to)
         return landed
     owner = f"{attempt.unit}#{attempt.progress.token}"
     resume, position = (state.upload, state.position.offset) if state.etag else ("", 0)
-    if state.upload and not resume:  # nothing tells whether the source is still the same: of no use
-        await target.discard(to, state.upload)
+    if not resume:  # where nothing tells whether the source is still the same, what is there is of no use
+        await tidy(attempt, target, to)
     async with target.upload(
         to, owner=owner, resume=resume, position=position, overwrite=overwrite
     ) as upload:
@@ -92,11 +92,14 @@ async def copy(  # the parameters are the promise of ``Context.copy``
             if work.whole and not overwrite and await target.head(to) is not None:
                 raise  # another object stands there
             raise work.robbed(error) from error
-    await _tidy(attempt, target, to)
+        except Superseded:
+            await tidy(attempt, target, to)
+            raise
+    await tidy(attempt, target, to)
     return landed
 
 
-async def _tidy(attempt: Attempt, target: Store, to: str) -> None:
+async def tidy(attempt: Attempt, target: Store, to: str) -> None:
     """Leave no unfinished upload of earlier attempts: one that died between making its upload and logging it
     could tell nobody. Should another be at work there all the same, it finds so, and begins afresh."""
     if attempt.progress.token > _FIRST:
@@ -104,6 +107,18 @@ async def _tidy(attempt: Attempt, target: Store, to: str) -> None:
             await target.discard(to, "")
         except FlowlaneError as error:
             logger.warning("%s: unfinished uploads to %s are left: %s", attempt.unit, redact(to), error)
+
+
+async def give_up(attempt: Attempt, to: str, upload: str) -> None:
+    """Nobody will go on with `upload`, an unfinished one to `to`, nor with those of earlier attempts."""
+    try:
+        target = await attempt.engine.connections.store(to)
+        if upload:
+            await target.discard(to, upload)
+    except FlowlaneError as error:
+        logger.warning("%s: an unfinished upload to %s is left: %s", attempt.unit, redact(to), error)
+    else:
+        await tidy(attempt, target, to)
 
 
 #: How files begin: gzip (RFC 1952, 2.3.1); Zstandard, with a frame or one to be skipped (RFC 8878, 3.1); zip,
@@ -187,7 +202,12 @@ class _Copy:
                 await self._digest(rest)
                 await self.upload.write(rest)
                 self._written.append(Position(self.offset, 0, self.crc))
-            if self.offset > goal and self.attempt.near_deadline():
+            if self.attempt.near_deadline():
+                if self.offset <= goal:
+                    raise Interrupted(
+                        f"{self.offset:,} of the {goal:,} bytes of {self.where} that have landed so far were "
+                        'decoded once more: give it more time, or verify="length"'
+                    )
                 await self._keep()
                 raise Interrupted(f"{self.offset:,} bytes of {self.where} have landed so far")
             if clock.monotonic() - self.logged_at > rhythm:
@@ -276,18 +296,28 @@ def _done(attempt: Attempt, name: str, whole: Position, etag: str) -> None:
     attempt.progress.transfers[name] = Transfer(position=whole, etag=etag, done=True, counts=moved)
 
 
-async def _landed(attempt: Attempt, target: Store, to: str, whole: Position) -> ObjectInfo | None:
-    """The object under `to`, if it is the one that an earlier attempt had proven and was about to show."""
+async def _landed(attempt: Attempt, name: str, state: Transfer, target: Store, to: str) -> ObjectInfo | None:
+    """The object under `to`, if it is the one that an earlier attempt had proven and was about to show. It is
+    read for that, if need be over several continuations."""
+    whole = state.whole
     if not whole.offset:
         return None
     found = await target.head(to)
     if found is None or found.size not in (-1, whole.offset):
         return None
-    length, crc = 0, 0
-    async with target.read(to, etag=found.etag) as body:
+    begin = state.kept if found.etag and found.etag == state.standing else Position()
+    length, crc = begin.offset, begin.crc
+    async with target.read(to, start=length, etag=found.etag) as body:
         async for block in body:
             crc = inflater().crc32(block, crc)
             length += len(block)
+            if attempt.near_deadline():
+                if found.etag:
+                    attempt.note_move()
+                    kept = Position(length, 0, crc)
+                    state = msgspec.structs.replace(state, kept=kept, standing=found.etag)
+                    attempt.progress.transfers[name] = state
+                raise Interrupted(f"{length:,} bytes of {redact(to)} were compared so far")
     return found if (length, crc) == (whole.offset, whole.crc) else None
 
 

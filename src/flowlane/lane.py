@@ -25,9 +25,8 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|w)")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _PLAIN = re.compile(r"[A-Za-z0-9_.:/+=,~-]*")
 _MAX_STREAM = 400
-_MAX_GROUP = (
-    128  # of SQS's MessageGroupId, which takes letters, digits and punctuation: all of ``_PLAIN``, %, @, !
-)
+# Of SQS's MessageGroupId, which takes letters, digits and punctuation: all of ``_PLAIN``, %, @, !
+_MAX_GROUP = 128
 
 
 def duration(text: str | float) -> float:

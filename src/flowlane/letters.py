@@ -40,10 +40,18 @@ async def bury(engine: Engine, lane: str) -> int:
     queues = [queue for queue, handling in engine.queues.items() if handling.stage.lane == lane]
     died = 0
     try:
-        for letter in await engine.backend.given_up(queues, LIMIT):
-            died += await _see_to(engine, letter)
+        letters = await engine.backend.given_up(queues, LIMIT)
     except (ConfigError, Permanent) as error:
         logger.warning("lane %s: what its queues gave up is left there: %s", lane, error)
+        return 0
+    for letter in letters:
+        try:
+            died += await _see_to(engine, letter)
+        except (ConfigError, Permanent) as error:
+            # Of this one alone: those behind it have runs of their own that wait for them.
+            logger.warning(
+                "%s: what queue %s gave up is left there: %s", letter.event.subject, letter.stage, error
+            )
     return died
 
 

@@ -26,6 +26,7 @@ logger = logging.getLogger("flowlane")
 #: Deliveries of one stage held by one worker, at most, and how many seconds' worth of them.
 PREFETCH = 512
 HORIZON = 0.25
+#: Seconds that a queue is waited for with one call, which leaving a pump may have to wait out.
 _POLL = 5.0
 #: Seconds after which what goes on though it was cancelled is cancelled once more, and after which its lease
 #: is no longer kept.
@@ -113,11 +114,20 @@ class Pump:
     all of it only as long as the deadline leaves time.
     """
 
-    def __init__(self, engine: Engine, deadline: Deadline, *, receiving: bool = True, only: str = "") -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        deadline: Deadline,
+        *,
+        receiving: bool = True,
+        only: str = "",
+        poll: float = _POLL,
+    ) -> None:
         self.engine = engine
         self.deadline = deadline
         self._awaited: dict[int, asyncio.Future[Outcome]] = {}
         self._receiving = receiving
+        self._poll = poll
         self._stations = {
             queue: _Station(handling)
             for queue, handling in engine.queues.items()
@@ -269,7 +279,7 @@ class Pump:
                 continue
             try:
                 got = await self.engine.backend.receive(
-                    [station.queue], room, lease=station.lease, wait=_POLL
+                    [station.queue], room, lease=station.lease, wait=self._poll
                 )
             except ConfigError:  # the backend will never answer again: nothing is to be waited for
                 raise

@@ -54,19 +54,20 @@ async def redrive(engine: Engine, lane: str, units: Sequence[str] = ()) -> Redri
     the units of the first go to work, so that the run comes to rest, and is told of, once; if that is cut
     short, the sweep queues the units of the rounds that were opened.
 
-    Notices (which do not count in their run) are put back without a round. What cannot be put back now is
-    ``skipped`` with its reason, and the rest goes on.
+    Units of one run come in the order in which they died, which is that of their order key where their stage
+    has one. Notices (which do not count in their run) are put back without a round. What cannot be put back
+    now is ``skipped`` with its reason, and the rest goes on.
 
     Raises:
         ConfigError: a unit named is not dead; nothing was put back.
         Retryable: the log is away; see ``flowlane dead`` for what is left to put back.
     """
     wanted = set(units)
+    found = [head async for head in dead_units(engine.backend, lane) if not wanted or head.subject in wanted]
     by_run: dict[str, list[Event]] = {}
-    async for head in dead_units(engine.backend, lane):
-        if not wanted or head.subject in wanted:
-            by_run.setdefault(head.run, []).append(head)
-    missing = wanted - {head.subject for heads in by_run.values() for head in heads}
+    for head in sorted(found, key=lambda head: head.time):
+        by_run.setdefault(head.run, []).append(head)
+    missing = wanted - {head.subject for head in found}
     if missing:
         raise ConfigError(f"{min(missing)} is not a dead unit of lane {lane}: `flowlane dead` lists them")
     done = Redriven()
@@ -96,11 +97,11 @@ async def _redrive_run(engine: Engine, run: str, heads: list[Event], done: Redri
         for i in range(0, len(notices), GROUP):
             put = await _put_back(engine, run, notices[i : i + GROUP], _without_a_round)
             done += [each.event.subject for each in put]
+        alone = len(counted) <= GROUP  # otherwise the last would be queued before the first
         for i in range(0, len(counted), GROUP):
-            last = i + GROUP >= len(counted)
-            put = await _put_back(engine, run, counted[i : i + GROUP], _round, publish=last)
+            put = await _put_back(engine, run, counted[i : i + GROUP], _round, publish=alone)
             done += [each.event.subject for each in put]
-            owed += () if last else put
+            owed += () if alone else put
     except (ConfigError, Permanent) as error:
         done.skipped[run] = str(error)
     await _publish(engine, owed)

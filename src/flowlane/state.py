@@ -75,13 +75,18 @@ class Transfer(msgspec.Struct, frozen=True, omit_defaults=True):
     high: int = 0  #: the furthest offset (loads: row) ever reached: moving on means passing it
     etag: str = ""
     upload: str = ""  #: what names the unfinished effect in the sink or store
-    to: str = ""  #: copies: the URL that the unfinished upload is to
+    to: str = ""  #: the URL that the unfinished upload is to
+    left: str = ""  #: loads: what names that upload in its store
     whole: Position = Position()  #: copies: the length and CRC of the proven object, once it may be visible
     done: bool = False
     counts: Counts = msgspec.field(default_factory=Counts)
     before: Counts = msgspec.field(default_factory=Counts)  #: loads: what the splits already done had come to
-    kept: Position = Position()  #: loads: where a sink stands that has not made safe what was written since,
-    kept_counts: Counts = msgspec.field(default_factory=Counts)  #: and the counts there
+    standing: str = (
+        ""  #: copies: the ETag of the object that stands there, compared with ``whole`` up to ``kept``
+    )
+    #: loads: where a sink stands that has not made safe what was written since
+    kept: Position = Position()
+    kept_counts: Counts = msgspec.field(default_factory=Counts)  #: loads: the counts at ``kept``
 
 
 class Progress(msgspec.Struct, omit_defaults=True):

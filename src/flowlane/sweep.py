@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from datetime import datetime
+from functools import partial
 
 import msgspec
 
@@ -32,7 +33,8 @@ _GROUP = 64
 class Swept(msgspec.Struct):
     """What one sweep handed to the queues that commits had owed them, ended as dead (see ``letters``), found
     open, queued again, and itself completed; how many unfinished uploads of dead units it discarded; and how
-    many open units are owed to which stages that the lane does not have."""
+    many open units are owed to which stages that the lane does not have. Of open units it may have looked at
+    some only (see ``Backend.units``), unless it was thorough."""
 
     resent: int = 0
     died: int = 0
@@ -43,9 +45,10 @@ class Swept(msgspec.Struct):
     stranded: dict[str, int] = msgspec.field(default_factory=dict)
 
 
-async def sweep(engine: Engine, lane: str) -> Swept:
+async def sweep(engine: Engine, lane: str, *, thorough: bool = False) -> Swept:
     """Queue the lane's units again that no queue holds, and complete the runs of which nothing is left. A run
-    that cannot be completed is told of in a warning, and the rest is swept all the same.
+    that cannot be completed is told of in a warning, and the rest is swept all the same. `thorough`: look at
+    units, too, that another sweep has looked at or that were at work a moment ago.
 
     Raises:
         Retryable: the log is away; nothing is lost by that, the next sweep does the same.
@@ -55,7 +58,8 @@ async def sweep(engine: Engine, lane: str) -> Swept:
     try:
         swept.resent = await engine.backend.resend(lane)
         swept.died = await bury(engine, lane)
-        async for head in engine.backend.units(lane, "open"):
+        patience = None if thorough else partial(_patience, engine)
+        async for head in engine.backend.units(lane, "open", patience):
             swept.open += 1
             if status(head) == "closed":
                 swept.completed += await _complete(engine, head)
@@ -68,7 +72,7 @@ async def sweep(engine: Engine, lane: str) -> Swept:
                 swept.requeued += await _publish(engine, owed)
                 owed = []
         swept.requeued += await _publish(engine, owed)
-        async for head in engine.backend.units(lane, "dead"):
+        async for head in engine.backend.units(lane, "dead", None if thorough else _until_discarded):
             swept.discarded += await _discard(engine, head)
     except OSError as error:
         raise Retryable(f"sweep of {lane}: {error}") from error
@@ -104,7 +108,21 @@ def _is_due(engine: Engine, head: Event, stage: Stage) -> bool:
     """Whether the unit has been silent for too long; embedded queues know, and drop what they still hold."""
     if engine.backend.exact_queue:
         return True
-    return _age(engine, head) > float(stage.policy.timeout) + progress(head).delay + MARGIN
+    return _age(engine, head) > _silence(head, stage)
+
+
+def _silence(head: Event, stage: Stage) -> float:
+    """Seconds for which an open unit may be silent, where the queue cannot tell whether it holds it."""
+    return float(stage.policy.timeout) + progress(head).delay + MARGIN
+
+
+def _patience(engine: Engine, head: Event) -> float:
+    handling = engine.handling_of(head)
+    return MARGIN if handling is None else _silence(head, handling.stage)
+
+
+def _until_discarded(head: Event) -> float:
+    return KEEP
 
 
 async def _discard(engine: Engine, head: Event) -> int:
@@ -116,7 +134,7 @@ async def _discard(engine: Engine, head: Event) -> int:
     for transfer in left:
         try:
             store = await engine.connections.store(transfer.to)
-            await store.discard(transfer.to, transfer.upload)
+            await store.discard(transfer.to, transfer.left or transfer.upload)
         except FlowlaneError as error:
             logger.warning("%s: its unfinished upload is left: %s", head.subject, error)
     return len(left)

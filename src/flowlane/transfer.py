@@ -23,6 +23,7 @@ from flowlane.errors import (
     Permanent,
     Superseded,
 )
+from flowlane.landing import give_up, tidy
 from flowlane.ports import (
     Bad,
     Batch,
@@ -78,10 +79,14 @@ async def load(attempt: Attempt, rows: Selection, to: str, options: Mapping[str,
         aclosing(source.splits()) as splits,
     ):
         number = 0
-        async for split in splits:
-            number += 1
-            if number > work.state.split:
-                await work.run(source, sink, split)
+        try:
+            async for split in splits:
+                number += 1
+                if number > work.state.split:
+                    await work.run(source, sink, split)
+        except Superseded:
+            await work.give_up()
+            raise
     return await work.end()
 
 
@@ -94,6 +99,8 @@ class _Load:
         self.state = state
         self.rows = rows
         self.cut = cut
+        self._to = state.to  #: the object in a store that the current split goes into, if it is one
+        self._begun = True  #: whether earlier attempts may have been at the current split
 
     async def run(self, source: Source, sink: Sink, split: Split) -> None:
         """Load one split from where the log says it stands, and make its effect visible."""
@@ -112,6 +119,9 @@ class _Load:
         if self.name != "load-1":
             into = msgspec.structs.replace(split, id=f"{split.id}#{self.name}")
         async with sink.open(into, self.attempt.ref, state.upload) as writer:
+            self._to, _ = writer.unfinished
+            if not state.upload:
+                await self._tidy()
             stands = writer.position
             if stands is not None and stands.row < state.position.row:
                 state = self._go_back(stands)
@@ -119,6 +129,8 @@ class _Load:
                 async for batch in batches:
                     await self._write(into, writer, batch)
             await writer.finish()
+        await self._tidy()
+        self._begun = False
         self.state = msgspec.structs.replace(
             self.state,
             split=self.state.split + 1,
@@ -126,6 +138,8 @@ class _Load:
             high=0,
             etag="",
             upload="",
+            to="",
+            left="",
             before=self.state.counts,
             kept=Position(),
             kept_counts=Counts(),
@@ -144,6 +158,7 @@ class _Load:
             state,
             position=stands if known else Position(),
             upload=state.upload if known else "",
+            left=state.left if known else "",
             counts=msgspec.structs.replace(counts),
             kept=Position(),
             kept_counts=Counts(),
@@ -184,12 +199,15 @@ class _Load:
         total.add(went)
         moved = batch.end.row > self.state.high
         self._keep(writer.resume)
+        to, left = writer.unfinished
         self.state = msgspec.structs.replace(
             self.state,
             position=batch.end,
             high=max(self.state.high, batch.end.row),
             etag=split.etag,
             upload=writer.resume,
+            to=to,
+            left=left,
             counts=total,
         )
         await self._log(moved=moved)
@@ -207,6 +225,16 @@ class _Load:
         else:
             kept, counts = state.position, state.counts
         self.state = msgspec.structs.replace(state, kept=kept, kept_counts=counts)
+
+    async def _tidy(self) -> None:
+        """Leave no unfinished upload of earlier attempts to the object that the current split went into."""
+        if self._to and self._begun:
+            await tidy(self.attempt, await self.attempt.engine.connections.store(self._to), self._to)
+
+    async def give_up(self) -> None:
+        """Nobody will go on with what is unfinished: leave nothing of it."""
+        if self._to:
+            await give_up(self.attempt, self._to, self.state.left)
 
     async def _log(self, *, moved: bool) -> None:
         self.attempt.progress.transfers[self.name] = self.state
@@ -276,7 +304,10 @@ async def _quarantine(attempt: Attempt, split: Split, start: Position, bad: Sequ
     engine = attempt.engine
     folder = attempt.stage.policy.quarantine or engine.quarantine
     if not folder:
-        raise Permanent(f"{len(bad)} bad records and no place for them: set quarantine= in the policy")
+        raise Permanent(
+            f"{len(bad)} of its records are bad, and this backend has no place for them: give the lane a "
+            f"Policy(quarantine=...) such as s3://bucket/quarantine/ (the first one: {bad[0].reason:.200})"
+        )
     url = quarantine_url(folder, attempt, split, start)
     store = await engine.connections.store(url)
     lines = b"".join(

@@ -28,52 +28,45 @@ _KEPT: Final = 1024
 #: So much of the beginning of a longer one is enough to hide it: errors are cut.
 _HEAD: Final = 12
 
-_known: dict[str, None] = {}
-_heads: dict[str, list[str]] | None = None
-_pattern: re.Pattern[str] | None = None
+#: Each secret with what it begins with and how it is written, in pairs, for every way to write it.
+_known: dict[str, list[tuple[str, str]]] = {}
 
 
 def remember(secret: str) -> None:
     """`secret` is hidden by ``conceal`` from now on, for as long as the process lives."""
-    global _heads, _pattern  # noqa: PLW0603  # a process has one set of secrets, as it has one stderr
     if len(secret) < SHORTEST or secret in _known:
         return
-    _known[secret] = None
+    _known[secret] = [_begun(spelling) for spelling in _spellings(secret)]
     if len(_known) > _KEPT:
-        del _known[next(iter(_known))]
-    _heads = _pattern = None
+        _known.pop(next(iter(_known)), None)
 
 
 def conceal(text: str) -> str:
     """`text` with ``***`` for every secret known to this process, and for the beginning of one that was cut;
-    `text` itself where it holds none."""
-    if not _known:
+    `text` itself where it holds none. For any thread; a thousand secrets cost a line half a millisecond."""
+    heads: dict[str, list[str]] = {}
+    for pairs in [*_known.values()]:  # others may come meanwhile, in other threads
+        for head, rest in pairs:
+            if head in text:
+                heads.setdefault(head, []).append(rest)
+    if not heads:
         return text
-    heads, pattern = _prepared()
+    # The longest first: one may begin as another one does.
+    pattern = re.compile("|".join(map(re.escape, sorted(heads, key=len, reverse=True))))
     shown, at = "", 0
     while (found := pattern.search(text, at)) is not None:
         begin = found.start()
-        end = max(_common(text, begin, spelling) for spelling in heads[found[0]])
+        end = max(_common(text, begin, rest) for rest in heads[found[0]])
         shown, at = f"{shown}{text[at:begin]}{HIDDEN}", end
-    return shown + text[at:] if at else text
+    return shown + text[at:]
 
 
-def _prepared() -> tuple[dict[str, list[str]], re.Pattern[str]]:
-    """What secrets begin with, and a pattern of it; made when first needed."""
-    global _heads, _pattern  # noqa: PLW0603  # see ``remember``
-    if _heads is None or _pattern is None:
-        _heads = {}
-        for spelling in {each for secret in _known for each in _spellings(secret)}:
-            scheme = spelling.find("://", 0, 24) + 3  # too many texts begin with one
-            rest = spelling[scheme:] if scheme > 2 else spelling
-            head = rest[:_HEAD] if len(rest) > _HEAD + 3 else rest
-            if len(head) < SHORTEST:
-                head = rest = spelling
-            _heads.setdefault(head, []).append(rest)
-        # The longest first: one may begin as another one does.
-        longest = sorted(_heads, key=len, reverse=True)
-        _pattern = re.compile("|".join(map(re.escape, longest)))
-    return _heads, _pattern
+def _begun(spelling: str) -> tuple[str, str]:
+    """What tells that `spelling` begins, and what of it is hidden then."""
+    scheme = spelling.find("://", 0, 24) + 3  # too many texts begin with one
+    rest = spelling[scheme:] if scheme > 2 else spelling
+    head = rest[:_HEAD] if len(rest) > _HEAD + 3 else rest
+    return (spelling, spelling) if len(head) < SHORTEST else (head, rest)
 
 
 def _common(text: str, begin: int, spelling: str) -> int:
@@ -102,7 +95,11 @@ class _Concealing(logging.Filter):
     """Rewrites records that hold a secret, in their message or in the error they tell of."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        message = record.getMessage()
+        try:
+            message = record.getMessage()
+        except Exception:  # noqa: BLE001  # arguments that do not fit: no reason to fail whoever logs them
+            record.msg, record.args = f"{record.msg} % {record.args!r}", None
+            message = record.msg
         shown = conceal(message)
         if shown != message:
             record.msg, record.args = shown, None

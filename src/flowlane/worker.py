@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from flowlane.committer import lasting, ordinary
 from flowlane.compose import Application
 from flowlane.deadline import Deadline
 from flowlane.engine import describe
 from flowlane.errors import FlowlaneError, Retryable
-from flowlane.lane import Lane, duration
+from flowlane.lane import Completed, Lane, Notify, duration, stream_of
 from flowlane.pump import Pump
 from flowlane.report import Report, read_report
 from flowlane.state import progress, status
@@ -28,7 +29,20 @@ GRACE = 20.0
 #: Seconds that a second one leaves; little enough for attempts to be cut off at once (see ``Deadline``).
 LAST = 5.0
 _SWEEP_EVERY = 15.0
+#: Seconds that a queue is waited for by a process that ends with its run: a queue outside gives back what was
+#: asked for when the wait has ended, and not before.
+_POLL = 1.0
 _DEAD_LISTED = 1000
+#: How often `run_once` asks a log that is away, and its longest pause, seconds.
+_TRIES = 8
+_LONGEST_PAUSE = 6.0
+#: Seconds between looks whether a run is over, at first, and where a look costs requests; every how many of
+#: these is a thorough one.
+_LOOK = 0.25
+_LONGEST_LOOK = 2.0
+_THOROUGH = 8
+
+T = TypeVar("T")
 
 
 async def run_once(
@@ -41,35 +55,75 @@ async def run_once(
     clock = app.clock
     began = clock.monotonic()
     slot = slot or f"{app.engine.stamp()}-{clock.token()[:6]}"
-    left = {head.run async for head in app.backend.units(lane.name, "open") if head.run}
-    run, _ = await app.engine.trigger(lane.name, slot, by="run" if event is None else "event", event=event)
     deadline = deadline or Deadline()
-    async with Pump(app.engine, deadline) as pump, housekeeping(app, [lane]):
+
+    async def trigger() -> str:
+        by = "run" if event is None else "event"
+        run, _ = await app.engine.trigger(lane.name, slot, by=by, event=event)
+        return run
+
+    left = await _insisting(app, deadline, partial(_open_runs, app, lane))
+    run = await _insisting(app, deadline, trigger)
+    # Where nothing is left, the sweep has nothing to do yet; it is dozens of requests where they cost.
+    swept = housekeeping(app, [lane], at_once=bool(left) or app.backend.exact_queue)
+    async with Pump(app.engine, deadline, poll=_POLL) as pump, swept:
         await pump.until(_drained(app, lane, run, left))
-    report = await report_of(app, lane, run)
+    report = await _insisting(app, deadline, partial(report_of, app, lane, run))
     report.seconds = round(clock.monotonic() - began, 3)
     return report
 
 
+async def _open_runs(app: Application, lane: Lane) -> set[str]:
+    return {head.run async for head in app.backend.units(lane.name, "open") if head.run}
+
+
+async def _insisting(app: Application, deadline: Deadline, ask: Callable[[], Awaitable[T]]) -> T:
+    """What `ask`, which may be repeated, gives; asked again while the log is away and the deadline is not
+    near, a few times, with pauses of half a minute at most between all of them.
+
+    Raises:
+        Retryable: it was away to the end.
+    """
+    for tried in range(1, _TRIES):
+        try:
+            return await ask()
+        except (Retryable, asyncio.CancelledError) as raised:
+            error = ordinary(raised)
+            if deadline.near(app.clock.monotonic()):
+                raise error from raised
+            logger.warning("the log is away, it is asked again: %s", describe(error))
+        await app.clock.sleep(min(_LONGEST_PAUSE, 0.5 * 2**tried) * (0.5 + app.clock.random() / 2))
+    return await ask()
+
+
 async def _drained(app: Application, lane: Lane, run: str, left: set[str]) -> None:
     """Return when `run` is over, what it owes after that (notices) too, and so is what was `left` before."""
+    looks, pause = 0, _LOOK
     while True:
         moved = app.engine.moved
+        looks += 1
         try:
-            if not await _owed(app, lane, run, left):
+            if not await _owed(app, lane, run, left, thorough=looks % _THOROUGH == 0):
                 return
         except (Retryable, asyncio.CancelledError) as error:
             known = describe(ordinary(error))
             logger.warning("lane %s: cannot tell yet whether %s is over: %s", lane.name, run, known)
         try:
-            async with asyncio.timeout(0.25):
+            async with asyncio.timeout(pause):
                 await moved.wait()
         except TimeoutError:
-            continue
+            # Another process may end it, of which nobody tells this one; to ask may cost.
+            pause = _LOOK if app.backend.exact_queue else min(1.5 * pause, _LONGEST_LOOK)
 
 
-async def _owed(app: Application, lane: Lane, run: str, left: set[str]) -> bool:
-    waited: set[str] = set()
+async def _owed(app: Application, lane: Lane, run: str, left: set[str], *, thorough: bool) -> bool:
+    """Whether somebody has to go on for `run`, or for a run that was `left`. The index may lag, and to list
+    it may cost many requests: where it does, the runs' own streams are asked first, and it confirms that all
+    is over. `thorough`: it is asked anyway, since it alone tells what nobody can go on with."""
+    busy = set[str]() if app.backend.exact_queue else await _busy(app, lane, {run, *left})
+    if busy and not thorough:
+        return True
+    waited = busy
     stuck: set[str] = set()
     async for owed in app.backend.units(lane.name, "open"):
         if app.engine.handling_of(owed) is None:
@@ -84,6 +138,22 @@ async def _owed(app: Application, lane: Lane, run: str, left: set[str]) -> bool:
         return True
     head = (await app.backend.last([run]))[run]
     return run not in stuck and status(head) not in ("settled", "dead")
+
+
+async def _busy(app: Application, lane: Lane, runs: set[str]) -> set[str]:
+    """Those of `runs` that are not over by their own streams, or whose notices are not."""
+    heads = await app.backend.last(sorted(runs))
+    busy = {run for run, head in heads.items() if status(head) not in ("settled", "dead")}
+    notices = {
+        stream_of(lane.name, kind(run=run, round=progress(head).opened, outcome="settled", report={})): run
+        for run, head in heads.items()
+        if run not in busy
+        for kind in (Completed, Notify)
+    }
+    for stream, notice in (await app.backend.last(list(notices))).items():
+        if status(notice) == "open" and app.engine.handling_of(notice) is not None:
+            busy.add(notices[stream])
+    return busy
 
 
 async def report_of(app: Application, lane: Lane, run: str) -> Report:
@@ -138,12 +208,13 @@ async def _schedule(app: Application, lane: Lane) -> None:
 
 
 @asynccontextmanager
-async def housekeeping(app: Application, lanes: list[Lane]) -> AsyncIterator[None]:
-    """Sweep `lanes` at once and then periodically, while the context is open."""
+async def housekeeping(app: Application, lanes: list[Lane], *, at_once: bool = True) -> AsyncIterator[None]:
+    """Sweep `lanes` periodically while the context is open, for the first time `at_once` or a while later."""
 
     async def forever() -> None:
+        swept = lanes if at_once else []
         while True:
-            for lane in lanes:
+            for lane in swept:
                 try:
                     await sweep(app.engine, lane.name)
                 except (FlowlaneError, asyncio.CancelledError) as error:
@@ -155,6 +226,7 @@ async def housekeeping(app: Application, lanes: list[Lane]) -> AsyncIterator[Non
                     )
             leases = [float(stage.policy.lease) for lane in lanes for stage in lane.stages]
             await app.clock.sleep(min([_SWEEP_EVERY, *leases]) * (0.75 + app.clock.random() / 2))
+            swept = lanes
 
     async with asyncio.TaskGroup() as tasks:
         sweeping = tasks.create_task(lasting(forever), name="flowlane-sweep")

@@ -12,7 +12,7 @@ from flowlane.backends.memory import MemoryBackend
 from flowlane.clock import Clock
 from flowlane.errors import VersionConflict
 from flowlane.events import Event, encode, encode_data, refer
-from flowlane.ports import Channel, Commit, Committed, Delivery, Index, QueueSpec
+from flowlane.ports import Channel, Commit, Committed, Delivery, Index, Patience, QueueSpec
 from flowlane.state import RunTally
 from tests.aws_lambda.model import Queue
 
@@ -75,8 +75,8 @@ class OutsideBackend:
     def scan(self, lane: str, *, run: str | None = None) -> AsyncIterator[Event]:
         return self._inner.scan(lane, run=run)
 
-    def units(self, lane: str, index: Index) -> AsyncIterator[Event]:
-        return self._inner.units(lane, index)
+    def units(self, lane: str, index: Index, patience: Patience | None = None) -> AsyncIterator[Event]:
+        return self._inner.units(lane, index, patience)
 
     async def runs(self, lane: str, limit: int) -> Sequence[Event]:
         return await self._inner.runs(lane, limit)

@@ -108,6 +108,15 @@ def test_a_hundred_invocations_share_one_loop_and_one_client(folder: Path, backe
     assert len({tuple(line[3:]) for line in lines}) == 1, "one process, one loop, one client"
 
 
+def test_an_error_is_told_in_one_line_and_its_way_only_if_that_is_asked_for(folder: Path) -> None:
+    for level, lines in (("warning", False), ("debug", True)):
+        with RuntimeApi(HANDLER, folder, {**environment(folder), "FLOWLANE_LOG_LEVEL": level}) as function:
+            with pytest.raises(FunctionError, match="no CloudEvent"):
+                function.invoke({"hello": 1})
+            assert ("wanted.py" in function.log) is lines
+            assert "Permanent: an object that is no CloudEvent" in function.log
+
+
 def test_good_and_bad_messages(folder: Path) -> None:
     mixed = [order("a", 2), "Test message.", order("b"), {"message": "foo1"}, order("c")]
     with RuntimeApi(HANDLER, folder, environment(folder)) as function:

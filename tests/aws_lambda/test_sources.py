@@ -230,7 +230,7 @@ def test_a_sweep_opens_no_run_and_drains_what_is_left() -> None:
 class SlowBackend(MemoryBackend):
     """Never comes to the end of its index."""
 
-    async def units(self, lane: str, index: Index) -> Any:
+    async def units(self, lane: str, index: Index, patience: Any = None) -> Any:
         await asyncio.Event().wait()
         yield
 

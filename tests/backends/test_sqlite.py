@@ -187,6 +187,20 @@ async def test_a_clock_that_was_set_back_while_nobody_ran(tmp_path: Path) -> Non
         assert await subjects(backend) == ["suite/a", "suite/b"]
 
 
+async def test_who_is_behind_has_a_turn_though_the_clock_was_wrong_by_decades(tmp_path: Path) -> None:
+    uri, clock = f"sqlite:///{tmp_path}/f.db", ManualClock()
+    async with open_backend(uri, environment(clock)) as backend:
+        await applied(backend, *(discover(found(key), group="g") for key in "abc"))
+        for step in (2e9, -2e9):
+            clock.set(step)
+            await applied(backend, discover(found(f"at {step}")))
+        for key in "abc":
+            got = await backend.receive(["load"], 9, lease=9)
+            assert f"suite/{key}" in [delivery.event.subject for delivery in got]
+            for delivery in got:
+                await delivery.ack()
+
+
 async def test_a_channel_goes_on_when_the_clock_is_set_back(tmp_path: Path) -> None:
     uri, clock = f"sqlite:///{tmp_path}/f.db", ManualClock()
     async with open_backend(uri, environment(clock)) as backend:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import random
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -35,7 +37,7 @@ from flowlane.errors import Fenced
 from flowlane.events import MAX_EVENT_BYTES
 from flowlane.lane import stream_of
 from flowlane.plugins import Registry
-from flowlane.ports import Append, Commit, Publish, Record, Tally
+from flowlane.ports import Append, Body, Commit, ObjectInfo, Publish, Record, Tally
 from flowlane.redrive import redrive
 from flowlane.report import Report
 from flowlane.settings import Settings
@@ -1046,7 +1048,7 @@ async def test_bad_records_with_no_place_for_them_are_a_dead_unit(bench: Bench) 
         engine = Engine([lane_without_quarantine(lane)], bench.backend, app.connections, bench.clock)
         app.engine = engine
         report = await run_once(app, lane, slot="1")
-    assert "set quarantine= in the policy" in only(report)
+    assert "Policy(quarantine=...)" in only(report)
 
 
 def lane_without_quarantine(lane: Lane) -> Lane:
@@ -1135,6 +1137,70 @@ async def test_a_refused_copy_leaves_no_unfinished_upload(bench: Bench) -> None:
     assert "not a .gz file" in only(await bench.run(lane_of(load)))
     assert bench.world.lake.parts == {}
     assert bench.world.lake.objects == {}
+
+
+@virtual
+async def test_a_copy_that_only_catches_up_until_the_deadline_is_stopped_in_time(bench: Bench) -> None:
+    """What has landed is decoded once more by each attempt: one that has no time for more than that."""
+    page = Page(data=gzip.compress(random.Random(1).randbytes(64 * 40)), pause=1.0)
+    bench.world.web.publish("web://x/a.gz", page)
+
+    async def load(event: Event, ctx: Context) -> None:
+        await ctx.copy("web://x/a.gz", to="lake://a.gz")
+
+    lane = lane_of(load, policy=Policy(hops=1, timeout=1000.0))
+    await bench.run(lane, deadline=bench.in_seconds(30.5, 5), sound=False)
+    assert (await bench.types("toy/thing/1"))[-1] == "attempt.continued"
+    for last in ("attempt.continued", "unit.dead"):
+        before = bench.clock.monotonic()
+        await bench.run(lane, deadline=bench.in_seconds(20.5, 5), sound=False)
+        assert bench.clock.monotonic() - before < 23
+        assert (await bench.types("toy/thing/1"))[-1] == last
+    assert "decoded once more" in (await bench.state("toy/thing/1"))[1].reason
+
+
+@virtual
+async def test_an_object_is_known_again_over_deadlines(bench: Bench) -> None:
+    """The answer to the commit was lost; to read what stands there takes longer than one invocation has."""
+    page = Page(data=random.Random(1).randbytes(64 * 40))
+    bench.world.web.publish("web://x/a.bin", page)
+    lake, land, read = bench.world.lake, bench.world.lake.land, bench.world.lake.read
+    starts: list[int] = []
+
+    def lost(*arguments: Any, **options: Any) -> ObjectInfo:
+        land(*arguments, **options)
+        raise Retryable("the answer was lost")
+
+    class Slow:
+        def __init__(self, body: Body) -> None:
+            self.info, self.proven_length, self._body = body.info, True, body
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            async for block in self._body:
+                await bench.clock.sleep(1)
+                yield block
+
+    @asynccontextmanager
+    async def slowly(url: str, *, start: int = 0, **options: Any) -> AsyncIterator[Body]:
+        starts.append(start)
+        async with read(url, start=start, **options) as body:
+            yield Slow(body)
+
+    bench.world.lake.land = lost  # type: ignore[method-assign]
+    bench.world.lake.read = slowly  # type: ignore[method-assign]
+
+    async def load(event: Event, ctx: Context) -> None:
+        await ctx.copy("web://x/a.bin", to="lake://a.bin", verify="length")
+
+    lane = lane_of(load, policy=Policy(hops=1, timeout=1000.0, backoff="1ms", backoff_cap="2ms"))
+    for _ in range(4):
+        await bench.run(lane, deadline=bench.in_seconds(15.5, 5), sound=False)
+    assert (await bench.state("toy/thing/1"))[0] == "settled"
+    assert starts[0] == 0
+    assert starts == sorted(set(starts))
+    assert len(starts) >= 3
+    assert lake.objects["lake://a.bin"] == page.data
+    assert len(lake.landings) == 1
 
 
 @virtual

@@ -238,6 +238,22 @@ async def test_a_queue_that_may_not_be_asked_stops_no_sweep(
     assert "lane toy: what its queues gave up is left there: not allowed" in caplog.text
 
 
+async def test_one_that_cannot_be_seen_to_keeps_no_other_from_it(
+    case: Case, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What its end owed cannot be done (its run's report is too long, say), and it comes first."""
+    await case.append(events.UNIT_SETTLED, 1)
+    case.backend.letters = [await case.letter(1), await case.letter()]
+
+    async def refused(head: Event) -> None:
+        raise Permanent("its run cannot be completed")
+
+    monkeypatch.setattr(case.app.engine, "repeat_obligations", refused)
+    assert (await case.sweep()).died == 1
+    assert status(await case.head()) == "dead"
+    assert "toy/thing/1: what queue toy/load gave up is left there: its run" in caplog.text
+
+
 async def test_a_queue_that_knows_what_it_holds_is_not_asked() -> None:
     class Asked(MemoryBackend):
         async def given_up(self, stages: Sequence[str], limit: int) -> Sequence[Delivery]:

@@ -15,7 +15,7 @@ from flowlane.compose import Application
 from flowlane.deadline import Deadline
 from flowlane.ports import Commit
 from flowlane.pump import Pump
-from flowlane.redrive import redrive
+from flowlane.redrive import GROUP, redrive
 from flowlane.sweep import sweep
 from tests.engine.test_attempt import Forgetful
 from tests.engine.test_engine import QUICK, Bench, only, simulate, virtual
@@ -208,6 +208,29 @@ async def test_a_dead_unit_lets_its_group_go_on_and_is_redriven_behind_it(bench:
             await pump.until(asyncio.sleep(5))
     assert begun == ["a1", "a2", "a3", "a4", "a1"]
     assert (await bench.state("toy/change/a@1"))[0] == "settled"
+
+
+@virtual
+async def test_what_is_redriven_together_keeps_its_order(bench: Bench) -> None:
+    """More than one round of them, whose streams' names sort otherwise."""
+    broken = True
+    done: list[str] = []
+    names = [f"a{n}" for n in range(1, GROUP + 10)]
+
+    async def apply(event: Event, ctx: Context) -> None:
+        await asyncio.sleep(0.01)
+        if broken:
+            raise Permanent("the ledger is closed")
+        done.append(named(event))
+
+    lane, _ = ordered(apply, changes(*names))
+    assert (await bench.run(lane)).units["dead"] == len(names)
+    broken = False
+    async with bench.app(lane) as app:
+        assert len(await redrive(app.engine, "toy")) == len(names)
+        async with Pump(app.engine, Deadline()) as pump:
+            await pump.until(asyncio.sleep(5))
+    assert done == names
 
 
 @virtual

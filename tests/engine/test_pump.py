@@ -511,11 +511,11 @@ def test_a_lane_that_cannot_be_swept_stops_no_worker(caplog: pytest.LogCaptureFi
         real = bench.backend.units
         swept: list[str] = []
 
-        def units(lane: str, index: Any) -> Any:
+        def units(lane: str, index: Any, patience: Any = None) -> Any:
             swept.append(lane)
             if lane == "toy":
                 raise Permanent("its run cannot be completed")
-            return real(lane, index)
+            return real(lane, index, patience)
 
         bench.backend.units = units
         stop, deadline = asyncio.Event(), Deadline()

@@ -11,17 +11,20 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import msgspec
 import pytest
 
-from flowlane import ConfigError, Event, Lane, Policy
+from flowlane import ConfigError, Event, Lane, Policy, plugins
 from flowlane.backends.memory import MemoryBackend
 from flowlane.clock import SystemClock
 from flowlane.compose import Application, open_application
 from flowlane.events import encode
-from flowlane.ports import Backend
+from flowlane.hookspecs import Provides, hookimpl
+from flowlane.plugins import Registry
+from flowlane.ports import Backend, Environment
 from flowlane.recipes import http_archive
 from flowlane.redrive import redrive
 from flowlane.report import Report
@@ -782,6 +785,64 @@ async def test_a_secret_that_is_not_there_is_named(quick_site: Site) -> None:
     report = await quick_site.run(quick_site.lane(headers={"Authorization": "env://NO_SUCH_TOKEN"}))
     assert "env://NO_SUCH_TOKEN" in report.reason
     assert quick_site.server.requests == []
+
+
+class _Vault:
+    """Keeps a token which the server refuses from the ask of that number on, until it is fetched anew."""
+
+    def __init__(self, site: Site, refuse_at: int, renewed: str) -> None:
+        self.site, self.refuse_at, self.renewed = site, refuse_at, renewed
+        self.token, self.asked, self.fetched = "the-old-token", 0, 0
+        self.served = site.serve(range(6))
+
+    async def get(self, reference: str, *, fresh: bool = False) -> str:
+        """See ``ports.Secrets``."""
+        self.asked += 1
+        if fresh:
+            self.fetched += 1
+            self.token = self.renewed
+        right = self.asked < self.refuse_at or self.token == "the-new-token"
+        for name, body in self.served.items():
+            self.site.server.serve(f"/{name}", body, status=200 if right else 401)
+        return self.token
+
+    def registry(self, monkeypatch: pytest.MonkeyPatch) -> Registry:
+        """Where it is found under the scheme of one that keeps what it fetched."""
+
+        @asynccontextmanager
+        async def open_secrets(uri: str, environment: Environment) -> AsyncIterator[_Vault]:
+            yield self
+
+        @hookimpl
+        def flowlane_provides() -> list[Provides]:
+            return [Provides("secrets", "secretsmanager", "a_vault:open_secrets")]
+
+        module = ModuleType("a_vault")
+        vars(module).update(open_secrets=open_secrets, flowlane_provides=flowlane_provides)
+        monkeypatch.setitem(sys.modules, "a_vault", module)
+        return Registry({"builtin": plugins, "vault": module})
+
+
+@pytest.mark.parametrize("refuse_at", [1, 2], ids=["found", "landed"])
+@pytest.mark.parametrize("renewed", ["the-new-token", "the-old-token"])
+async def test_a_token_that_was_rotated_costs_no_hour(
+    quick_site: Site, monkeypatch: pytest.MonkeyPatch, refuse_at: int, renewed: str
+) -> None:
+    """One that was not is refused at once: there is nothing to try again with."""
+    vault = _Vault(quick_site, refuse_at, renewed)
+    lane = quick_site.lane(headers={"Authorization": "secretsmanager://hub"})
+    async with open_application(
+        [lane], quick_site.settings, clock=quick_site.clock, registry=vault.registry(monkeypatch)
+    ) as app:
+        report = await run_once(app, lane)
+    if renewed == "the-new-token":
+        assert report.outcome == "settled"
+        assert quick_site.landed() == vault.served
+    else:
+        assert report.outcome == "failed"
+        assert "401" in report.reason or report.units["dead"] == 6
+        assert vault.fetched == (1 if refuse_at == 1 else 6)
+        assert {quick_site.server.gets(f"/{name}") for name in vault.served} == {refuse_at - 1}
 
 
 # --------------------------------------------------------------------------- two at once

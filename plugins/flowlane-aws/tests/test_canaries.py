@@ -49,7 +49,6 @@ LANE = str(Path(__file__).with_name("canary_lane.py"))
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(veil, "_known", {})
-    monkeypatch.setattr(veil, "_heads", None)
 
 
 @pytest.fixture

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
+from urllib.parse import urlsplit
+
 import pytest
 
 from flowlane.errors import ConfigError, Permanent, Retryable
@@ -29,6 +33,13 @@ async def test_no_region_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
             pass
 
 
+async def test_no_profile_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nosuch")
+    with pytest.raises(ConfigError, match=r"profile \(nosuch\) could not be found"):
+        async with open_client("sqs", region="eu-west-1"):
+            pass
+
+
 async def test_nobody_there_is_worth_another_try(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in servers.environment(f"http://127.0.0.1:{servers.free_port()}").items():
         monkeypatch.setenv(name, value)
@@ -43,3 +54,52 @@ async def test_a_refusal_is_permanent(ministack: str) -> None:
         with pytest.raises(Permanent, match="asking for nothing: refused"):
             async with asking("asking for nothing"):
                 await dynamodb.create_table(TableName="x", KeySchema=[], AttributeDefinitions=[])
+
+
+async def test_connections_that_died_in_a_freeze_cost_one_try(ministack: str) -> None:
+    """Twenty were kept; each is found to be dead when it is used again, and not before. Three tries are made
+    for a call: they must not all go to dead ones."""
+    kept: set[asyncio.StreamWriter] = set()
+    dead: set[asyncio.StreamWriter] = set()
+    found: list[asyncio.StreamWriter] = []
+    relays: set[asyncio.Task[None]] = set()
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(1 << 16):
+                if writer in dead:
+                    return
+                writer.write(data)
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        relays.add(task)
+        url = urlsplit(ministack)
+        upstream, sender = await asyncio.open_connection(url.hostname, url.port)
+        kept.add(writer)
+        back = asyncio.create_task(pass_on(upstream, writer))
+        try:
+            with suppress(OSError):
+                while data := await reader.read(1 << 16):
+                    if writer in dead:
+                        found.append(writer)
+                        break
+                    sender.write(data)
+        finally:
+            writer.transport.abort()
+            sender.transport.abort()
+            await asyncio.wait([back])
+
+    async with await asyncio.start_server(relay, "127.0.0.1", 0) as server:
+        endpoint = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with open_client("dynamodb", endpoint=endpoint) as dynamodb:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(20):
+                    tasks.create_task(dynamodb.list_tables())
+            assert len(kept) == 20
+            dead |= kept
+            async with asking("listing tables"):
+                await dynamodb.list_tables()
+            assert len(found) == 1
+        await asyncio.wait(relays)

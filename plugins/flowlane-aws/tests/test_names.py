@@ -36,6 +36,26 @@ def test_stages_never_share_a_queue(stages: list[str]) -> None:
         assert name.startswith("prod-")
 
 
+_backends = st.sampled_from(["a", "a-b", "a-b-a", "b"])
+_dashed = st.from_regex(r"[ab](-[ab]){0,3}/[ab]", fullmatch=True)
+
+
+@given(st.lists(st.tuples(_backends, _dashed), min_size=2, max_size=8, unique=True))
+def test_backends_never_share_a_queue(stages: list[tuple[str, str]]) -> None:
+    every = [name for own, stage in stages for name in (Names(own).queue(stage), Names(own).dead(stage))]
+    assert len(set(every)) == len(every)
+
+
+def test_a_queue_is_known_from_another_backend_s() -> None:
+    names = Names("a")
+    for stage in ("lane/load", "lane/dead", "my-lane/load", "l" * 60 + "/" + "s" * 60):
+        for ordered in (False, True):
+            assert names.has_queue(names.queue(stage, ordered=ordered))
+            assert names.has_queue(names.dead(stage, ordered=ordered))
+            assert not names.has_queue(Names("a-b").queue("lane/load", ordered=ordered))
+            assert not names.has_queue(Names("a-b").dead("lane/load", ordered=ordered))
+
+
 @given(st.lists(st.text(min_size=1, max_size=200), min_size=2, max_size=8, unique=True))
 def test_channels_never_share_a_stream(channels: list[str]) -> None:
     streams = [Names("prod").stream(channel) for channel in channels]
@@ -48,7 +68,6 @@ def test_plain_names_are_plain() -> None:
     assert names.log == "prod-log"
     assert names.queue("gharchive/land") == "prod-gharchive-land"
     assert names.dead("gharchive/land", ordered=True) == "prod-gharchive-land-dead.fifo"
-    assert names.queue("my-lane/load") == "prod-my-lane-load"
     assert names.stream("changes") == "prod-changes"
     other = Names("prod", "mine", "eu")
     assert (other.log, other.queue("a/b"), other.stream("c")) == ("mine", "eu-a-b", "prod-c")

@@ -21,6 +21,7 @@ from flowlane.errors import ConfigError, Retryable
 from flowlane.events import MAX_EVENT_BYTES, Event, Reference, encode
 from flowlane.ports import Publish, QueueSpec
 from flowlane.testing.units import following, found
+from flowlane_aws.bounded import owned_tasks
 from flowlane_aws.clients import open_client
 from flowlane_aws.names import Names
 from flowlane_aws.queue.queue import Queues
@@ -499,6 +500,18 @@ async def test_a_reference_that_cannot_be_looked_up_now_comes_again(
     assert (received.event, received.attempt) == (event, 2)
 
 
+async def test_leases_run_while_references_are_looked_up(
+    queues: Queues, sqs: Any, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    units = [found(f"a{n}", data="x" * 5000) for n in range(2)]
+    log.holds(*units)
+    url = (await sqs.get_queue_url(QueueName=NAMES.queue(LOAD.name)))["QueueUrl"]
+    await sqs.set_queue_attributes(QueueUrl=url, Attributes={"MaximumMessageSize": "1024"})
+    assert await queues.send([Publish(unit, LOAD.name) for unit in units]) == [True, True]
+    one, other = await queues.receive([LOAD.name], 10, lease=60, wait=5)
+    assert one.until == other.until
+
+
 # --------------------------------------------------------------------------- leases
 
 
@@ -655,6 +668,22 @@ async def test_a_stage_without_dead_letters_is_told_of_once(
     )
 
 
+async def test_what_a_poll_brings_that_nobody_waits_for_is_given_back(sqs: Any) -> None:
+    await Queues(sqs, NAMES, SystemClock(), Log().resolve).create([LOAD])
+    asked = asyncio.Event()
+    sqs.meta.events.register("before-send.sqs.ReceiveMessage", lambda **_: asked.set())
+    async with owned_tasks() as tasks:
+        queues = Queues(sqs, NAMES, SystemClock(), Log().resolve, tasks)
+        waiting = asyncio.create_task(queues.receive([LOAD.name], 1, lease=600, wait=5))
+        await asked.wait()
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        assert waiting.cancelled()
+        await queues.send(publishes(1))
+    (again,) = await queues.receive([LOAD.name], 1, lease=1)
+    assert again.attempt == 2  # the poll had it first
+
+
 # --------------------------------------------------------------------------- the queues themselves
 
 
@@ -770,12 +799,14 @@ async def test_a_missing_queue_is_said_and_found_once_it_is_there(queues: Queues
 
 
 async def test_purging_empties_every_queue_of_the_name(queues: Queues, sqs: Any) -> None:
-    stranger = (await sqs.create_queue(QueueName="stranger"))["QueueUrl"]
-    await sqs.send_message(QueueUrl=stranger, MessageBody="x")
+    other = f"{NAMES.name}-b-lane-load"  # of another backend, called like this one and more
+    strangers = [(await sqs.create_queue(QueueName=name))["QueueUrl"] for name in ("stranger", other)]
+    for stranger in strangers:
+        await sqs.send_message(QueueUrl=stranger, MessageBody="x")
     await give_up(queues, sqs)
     await queues.send([*publishes(3), *publishes(2, COPY.name), *ordered(3, "ab")])
     await queues.receive([LOAD.name], 1, lease=60)
     await queues.purge()
     assert await queues.receive([LOAD.name, COPY.name, INORDER.name], 9, lease=1) == []
     assert await queues.given_up([LOAD.name], 9) == []
-    assert await held(sqs, stranger) == 1
+    assert [await held(sqs, stranger) for stranger in strangers] == [1, 1]

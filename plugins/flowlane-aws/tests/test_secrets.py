@@ -30,7 +30,6 @@ RDS = json.dumps({"username": "loader", "password": PASSWORD, "port": 5432, "tls
 def _unveiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is not told is not told here because it is not said, not because it is hidden in the end."""
     monkeypatch.setattr(veil, "_known", {})
-    monkeypatch.setattr(veil, "_heads", None)
 
 
 class Moved(SystemClock):

@@ -99,7 +99,13 @@ class Function:
         if self._runner is None:
             self._runner = asyncio.Runner()
             atexit.register(self._at_exit)
-        return self._runner.run(self._invoke(event, batch, seconds))
+        try:
+            return self._runner.run(self._invoke(event, batch, seconds))
+        except FlowlaneError as error:
+            if logger.isEnabledFor(logging.DEBUG):
+                raise
+            # The message says what and where; Lambda would print the way it took through this code besides.
+            raise error.with_traceback(None) from None
 
     def __enter__(self) -> Self:
         return self

@@ -40,6 +40,7 @@ from flowlane.ports import (
     Delivery,
     Environment,
     Index,
+    Patience,
     Publish,
     QueueSpec,
     Tally,
@@ -280,7 +281,7 @@ class MemoryBackend:
             if run is None or event.run == run:
                 yield event
 
-    async def units(self, lane: str, index: Index) -> AsyncIterator[Event]:
+    async def units(self, lane: str, index: Index, patience: Patience | None = None) -> AsyncIterator[Event]:
         found = self._lanes.get(lane, _Lane())
         streams = found.open if index == "open" else found.dead
         for n, name in enumerate(list(streams), 1):

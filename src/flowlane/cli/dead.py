@@ -74,7 +74,7 @@ async def put_back(session: Session, lane: Lane, units: Sequence[str], reference
 async def sweep_lane(session: Session, lane: Lane) -> Answer:
     """One sweep of `lane`."""
     async with open_application([lane], session.settings) as app:
-        swept = await sweep(app.engine, lane.name)
+        swept = await sweep(app.engine, lane.name, thorough=True)
 
     def show(screen: Screen) -> None:
         screen.line(

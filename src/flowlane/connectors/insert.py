@@ -80,6 +80,11 @@ class TableWriter:
         """See ``Writer.resume``: the table knows by itself."""
         return ""
 
+    @property
+    def unfinished(self) -> tuple[str, str]:
+        """See ``Writer.unfinished``: nothing is."""
+        return "", ""
+
     async def write(self, batch: Batch) -> Sequence[Bad]:
         """See ``Writer.write``.
 

@@ -120,6 +120,11 @@ class ObjectWriter:
         yet: then the position that this goes on from is an earlier one, and the split is read again."""
         return msgspec.json.encode(self._safe).decode() if self._safe.upload else ""
 
+    @property
+    def unfinished(self) -> tuple[str, str]:
+        """See ``Writer.unfinished``."""
+        return self._url, self._safe.upload
+
     async def begin(self, stack: AsyncExitStack, owner: str, resume: str) -> None:
         """Take over what `resume` names, if it is still there."""
         self._stack, self._owner = stack, owner

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
@@ -103,6 +103,7 @@ class Committed(msgspec.Struct, frozen=True, gc=False):
 
 
 Index = Literal["open", "dead"]
+Patience = Callable[[Event], float]
 
 
 class QueueSpec(msgspec.Struct, frozen=True):
@@ -153,9 +154,14 @@ class Backend(Protocol):
         """Every event of `lane` (of one `run` of it), each stream's in order; for people, not decisions."""
         ...
 
-    def units(self, lane: str, index: Index) -> AsyncIterator[Event]:
+    def units(self, lane: str, index: Index, patience: Patience | None = None) -> AsyncIterator[Event]:
         """The heads of the lane's streams that are in `index` (see ``state.index``): found without scanning
-        history. May lag behind the log; never misses a stream for good."""
+        history. May lag behind the log; never misses a stream for good.
+
+        A sweep says its `patience`, for how many seconds (60 at least) a stream with that head may be silent.
+        Those that have not been for so long may be left out then; and so may those that somebody was told of
+        in this way less long ago than they had been silent by then, and less than an hour ago. A run that is
+        closed never is."""
         ...
 
     async def runs(self, lane: str, limit: int) -> Sequence[Event]:

@@ -113,6 +113,13 @@ class Writer(Protocol):
         """What ``Sink.open`` is given to go on behind the last batch written; empty if it needs nothing."""
         ...
 
+    @property
+    def unfinished(self) -> tuple[str, str]:
+        """The URL of the object in a store that is being written, and what names its unfinished upload (empty
+        while there is none): for ``Store.discard``, should nobody go on with it. Two empty texts where a sink
+        leaves nothing behind."""
+        ...
+
     async def write(self, batch: Batch) -> Sequence[Bad]:
         """The batch's records are in the target, once: a batch that ends at or before ``position`` changes
         nothing. Returns the records that the target refuses, which were left out.

@@ -11,13 +11,14 @@ import asyncio
 import re
 from base64 import b64encode
 from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 import msgspec
 
-from flowlane.errors import ConfigError, Permanent, Retryable
+from flowlane.errors import ConfigError, Permanent, Retryable, Unauthorized
 from flowlane.events import Event
 from flowlane.lane import Fact, Lane, Policy, Unit, duration
 from flowlane.ports import Context, ObjectInfo
@@ -119,32 +120,34 @@ def http_archive(
 
     @lane.stage(on=lane.triggered, concurrency=1)
     async def find(event: Event, ctx: Context) -> AsyncIterator[Unit]:
-        search = _Search(plan, await ctx.recall(Bookmark), ctx, await _resolve(headers, ctx), refresh)
-        async for periods in search.chunks():
-            for period, found in await search.probe(periods):
-                if found is not None:
-                    yield kind(
-                        period=_text(period),
-                        url=plan.url(period),
-                        to=plan.target(period),
-                        etag=_version(found) if refresh else found.etag,
-                        size=found.size,
-                    )
-            if search.changed:
-                yield search.bookmark()
-        search.finish()
+        async with _resolved(headers, ctx) as given:
+            search = _Search(plan, await ctx.recall(Bookmark), ctx, given, refresh)
+            async for periods in search.chunks():
+                for period, found in await search.probe(periods):
+                    if found is not None:
+                        yield kind(
+                            period=_text(period),
+                            url=plan.url(period),
+                            to=plan.target(period),
+                            etag=_version(found) if refresh else found.etag,
+                            size=found.size,
+                        )
+                if search.changed:
+                    yield search.bookmark()
+            search.finish()
 
     @lane.stage(on=kind)
     async def land(event: Event, ctx: Context) -> None:
         archive = event.data
-        await ctx.copy(
-            archive.url,
-            to=archive.to,
-            verify=verify,
-            headers=await _resolve(headers, ctx),
-            etag=archive.etag if refresh and archive.etag.startswith('"') else "",
-            overwrite=refresh,
-        )
+        async with _resolved(headers, ctx) as given:
+            await ctx.copy(
+                archive.url,
+                to=archive.to,
+                verify=verify,
+                headers=given,
+                etag=archive.etag if refresh and archive.etag.startswith('"') else "",
+                overwrite=refresh,
+            )
 
     @lane.view("hours")
     async def hours(log: LogView) -> dict[str, Any]:
@@ -431,11 +434,31 @@ def _version(found: ObjectInfo) -> str:
     return found.etag or (f"{found.modified} {found.size}" if found.modified or found.size >= 0 else "")
 
 
-async def _resolve(headers: Mapping[str, str] | None, ctx: Context) -> dict[str, str] | None:
+@asynccontextmanager
+async def _resolved(headers: Mapping[str, str] | None, ctx: Context) -> AsyncIterator[dict[str, str] | None]:
+    """`headers` with their secrets. What is refused for good in here is tried again, by the policy, if one of
+    them has been rotated: servers have more than one status for those that they do not know any more."""
+    given = await _resolve(headers, ctx)
+    try:
+        yield given
+    except Permanent as error:
+        renewed = given
+        with suppress(ConfigError, Retryable):  # the refusal is what is told of
+            renewed = await _resolve(headers, ctx, fresh=True)
+        if renewed != given:
+            raise Unauthorized(f"{error} (a secret in headers= has changed since)") from None
+        raise
+
+
+async def _resolve(
+    headers: Mapping[str, str] | None, ctx: Context, *, fresh: bool = False
+) -> dict[str, str] | None:
     if not headers:
         return None
     return {
-        name: await ctx.secret(value) if value.startswith(("env://", "secretsmanager://")) else value
+        name: await ctx.secret(value, fresh=fresh)
+        if value.startswith(("env://", "secretsmanager://"))
+        else value
         for name, value in headers.items()
     }
 

@@ -41,6 +41,7 @@ from flowlane.ports import (
     Delivery,
     Index,
     ObjectInfo,
+    Patience,
     Publish,
     QueueSpec,
     Sink,
@@ -352,10 +353,10 @@ class FaultyBackend:
         """See ``Backend.runs``."""
         return await self._process.call("backend.runs", lambda: self._backend.runs(lane, limit))
 
-    async def units(self, lane: str, index: Index) -> AsyncGenerator[Event]:
+    async def units(self, lane: str, index: Index, patience: Patience | None = None) -> AsyncGenerator[Event]:
         """See ``Backend.units``. The index may lag behind."""
         await self._process.call("backend.units", _nothing)
-        async for head in self._backend.units(lane, index):
+        async for head in self._backend.units(lane, index, patience):
             self._process.check()
             if not self._process.chance("index lag"):
                 yield head
@@ -574,6 +575,11 @@ class FaultyWriter:
     def resume(self) -> str:
         """See ``Writer.resume``."""
         return self._writer.resume
+
+    @property
+    def unfinished(self) -> tuple[str, str]:
+        """See ``Writer.unfinished``."""
+        return self._writer.unfinished
 
     async def write(self, batch: Batch) -> Sequence[Bad]:
         """See ``Writer.write``."""

@@ -141,6 +141,11 @@ class TableWriter:
         """See ``Writer.resume``."""
         return ""
 
+    @property
+    def unfinished(self) -> tuple[str, str]:
+        """See ``Writer.unfinished``: nothing is."""
+        return "", ""
+
     async def write(self, batch: Batch) -> Sequence[Bad]:
         """See ``Writer.write``."""
         stand = self._stand

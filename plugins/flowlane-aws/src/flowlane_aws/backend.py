@@ -25,6 +25,7 @@ from flowlane.ports import (
     Delivery,
     Environment,
     Index,
+    Patience,
     Publish,
     QueueSpec,
 )
@@ -83,12 +84,17 @@ class AwsBackend:
         self.queues = queues
         self._channels = channels
         self._tasks = tasks
+        #: Why the log took no commit the last time. Whoever receives next is told, and ends: attempts whose
+        #: commits are refused would come again for ever.
+        self._refused: ConfigError | None = None
 
     # ----------------------------------------------------------------- committing
 
     async def commit(self, work: Sequence[Commit]) -> Sequence[Committed | VersionConflict]:
         result = await asyncio.shield(self._tasks.create_task(self._caught(work), name="flowlane-aws commit"))
         if isinstance(result, Exception):
+            if isinstance(result, ConfigError):
+                self._refused = result
             raise result
         return result
 
@@ -171,11 +177,17 @@ class AwsBackend:
 
     async def resend(self, lane: str) -> int:
         count = 0
-        async for owed in self._log.owed(lane):
+        held: set[tuple[str, str]] = set()  # groups: behind what is not sent, nothing of them is
+        async for portion in self._log.owed(lane):
+            owed = [publish for publish in portion if (publish.stage, publish.group) not in held]
             if not owed:
                 continue
             accepted = await self.queues.send(owed)
-            left = {publish.event.id for publish, done in zip(owed, accepted, strict=True) if not done}
+            held |= {
+                (p.stage, p.group) for p, done in zip(owed, accepted, strict=True) if p.group and not done
+            }
+            left = {publish.event.id for publish in portion if (publish.stage, publish.group) in held}
+            left |= {publish.event.id for publish, done in zip(owed, accepted, strict=True) if not done}
             sent = [publish for publish in owed if publish.event.id not in left]
             await self._log.clear(sent)
             count += sum(accepted)
@@ -192,8 +204,8 @@ class AwsBackend:
     def scan(self, lane: str, *, run: str | None = None) -> AsyncIterator[Event]:
         return self._log.scan(lane, run=run)
 
-    def units(self, lane: str, index: Index) -> AsyncIterator[Event]:
-        return self._log.units(lane, index)
+    def units(self, lane: str, index: Index, patience: Patience | None = None) -> AsyncIterator[Event]:
+        return self._log.units(lane, index, patience)
 
     async def runs(self, lane: str, limit: int) -> Sequence[Event]:
         return await self._log.runs(lane, limit)
@@ -206,6 +218,9 @@ class AwsBackend:
     async def receive(
         self, stages: Sequence[str], limit: int, *, lease: float, wait: float = 0
     ) -> Sequence[Delivery]:
+        if self._refused is not None:
+            refused, self._refused = self._refused, None
+            raise refused
         return await self._with_heads(await self.queues.receive(stages, limit, lease=lease, wait=wait))
 
     async def given_up(self, stages: Sequence[str], limit: int) -> Sequence[Delivery]:
@@ -315,7 +330,7 @@ async def open_backend(
     parts = urlsplit(uri)
     if parts.scheme != "aws" or not parts.netloc or parts.path.strip("/") or "@" in parts.netloc:
         raise ConfigError(f"{redact(uri)}: write aws://name, of which table and queues are called name-...")
-    names = checked(Names(parts.netloc, table, queue_prefix))
+    names = checked(Names(parts.netloc, table, queue_prefix, region))
     clock = environment.clock
     # Left in this order: commits under way end before the clients are closed.
     async with AsyncExitStack() as stack, owned_tasks() as tasks:
@@ -324,12 +339,12 @@ async def open_backend(
             opening = partial(open_client, service, region=region, endpoint=endpoint, **settings)
             return LazyClient(opening, stack, tasks)
 
-        log_table = Table(client("dynamodb", read_timeout=5.0), names.log, clock, f"aws://{names.name}")
+        log_table = Table(client("dynamodb", read_timeout=5.0), names.log, clock, names.uri)
         log = Log(log_table, clock)
 
         async def resolve(reference: Reference) -> Event | None:
             return await log.event(reference.stream, reference.version)
 
-        queues = Queues(client("sqs"), names, clock, resolve)
+        queues = Queues(client("sqs"), names, clock, resolve, tasks)
         channels = Channels(names, client("kinesis"), environment)
         yield AwsBackend(log, log_table, queues, channels, tasks)

@@ -25,9 +25,15 @@ from aiobotocore.session import get_session
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    ConfigParseError,
+    HTTPClientError,
     NoCredentialsError,
     NoRegionError,
     PartialCredentialsError,
+    ProfileNotFound,
+)
+from botocore.exceptions import (
+    ConnectionError as NoConnection,
 )
 from botocore.loaders import Loader, create_loader
 from botocore.parsers import DEFAULT_TIMESTAMP_PARSER
@@ -156,6 +162,7 @@ async def open_client(
     except (BotoCoreError, ValueError) as error:
         raise told(error, f"opening {service}") from error
     client.meta.events.register("before-send", _in_pieces)
+    client.meta.events.register("needs-retry", _let_go)
     try:
         yield client
     finally:
@@ -177,6 +184,19 @@ def _in_pieces(request: Any, **kwargs: Any) -> None:
     """A large body of JSON goes out in pieces, between which the loop turns; else aiohttp warns of it."""
     if isinstance(request.body, bytes) and len(request.body) > _PIECE:
         request.body = io.BytesIO(request.body)
+
+
+def _let_go(endpoint: Any, caught_exception: Exception | None = None, **kwargs: Any) -> None:
+    """A connection that breaks is seldom alone: of those that were kept through a freeze (Lambda) or a change
+    of servers all are dead, and each try would find it out for one of them. None of the idle ones is used
+    again; those at work are left alone."""
+    if not isinstance(caught_exception, HTTPClientError | NoConnection):
+        return
+    # The SDK has no call for it. Were these names to change, three dead connections fail a call again.
+    sessions = getattr(endpoint.http_session, "_sessions", {})
+    pools = [getattr(session.connector, "_conns", {}) for session in sessions.values()]
+    for idle in [connection for pool in pools for kept in pool.values() for connection, _ in kept]:
+        idle.close()
 
 
 #: Whose debug lines hold signed headers, session tokens and whole answers (of Secrets Manager, too).
@@ -244,7 +264,7 @@ def told(error: Exception, what: str) -> FlowlaneError:
     if isinstance(error, NoRegionError):
         return ConfigError(f"{what}: there is no AWS region: set AWS_REGION, or region= in the URI")
     if not isinstance(error, ClientError):
-        if isinstance(error, ValueError):
+        if isinstance(error, ValueError | ProfileNotFound | ConfigParseError):
             return ConfigError(f"{what}: {said}")
         return Retryable(f"{what}: {type(error).__name__}: {said}")
     return _answered(error, what)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from hashlib import blake2b
+from shlex import quote
 from typing import Final
+from urllib.parse import urlencode
 
 import msgspec
 
@@ -12,7 +14,9 @@ from flowlane.errors import ConfigError
 
 _NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,39}")
 _TABLE: Final = re.compile(r"[A-Za-z0-9_.-]{3,255}")
-_STAGE: Final = re.compile(r"(?:[a-z][a-z0-9_-]*/)?[a-z][a-z0-9_]*")
+_STAGE: Final = re.compile(r"(?:[a-z][a-z0-9_]*/)?[a-z][a-z0-9_]*")
+_PLAIN: Final = re.compile(r"(?:[a-z][a-z0-9_]*-)?[a-z][a-z0-9_]*(?:-dead)?(?:\.fifo)?")
+_DIGESTED: Final = re.compile(r".*-[0-9A-F]{10}(?:-dead)?(?:\.fifo)?")
 _UNFIT: Final = re.compile(r"[^A-Za-z0-9_-]+")
 
 #: SQS: 80 characters, the ``.fifo`` that ends an ordered queue's name included (CreateQueue, QueueName).
@@ -31,6 +35,14 @@ class Names(msgspec.Struct, frozen=True):
     name: str
     table: str = ""
     queue_prefix: str = ""
+    region: str = ""
+
+    @property
+    def uri(self) -> str:
+        """What opens the backend again, quoted for a shell."""
+        given = {"region": self.region, "table": self.table, "queue_prefix": self.queue_prefix}
+        query = urlencode({option: value for option, value in given.items() if value})
+        return quote(f"aws://{self.name}?{query}" if query else f"aws://{self.name}")
 
     @property
     def log(self) -> str:
@@ -52,13 +64,23 @@ class Names(msgspec.Struct, frozen=True):
         )
 
     def _queue(self, stage: str) -> str:
-        # A dash within a stage's own name could be the one between another lane and its stage; and a stage
-        # called "dead" could be the dead letters of a stage called like its lane. Lanes and stages are in
-        # lower case, digests in upper: a digest is no stage.
+        # A dash within a lane's or a stage's own name could be the one between another backend (whose name
+        # may have dashes), lane and stage; and a stage called "dead" could be the dead letters of a stage
+        # called like its lane. Lanes and stages are in lower case, digests in upper: a digest is no stage.
         fit = bool(_STAGE.fullmatch(stage)) and stage.rpartition("/")[2] != "dead"
-        return _shortened(
-            f"{self.queue_prefix or self.name}-{_UNFIT.sub('-', stage)}", stage, _QUEUE, not fit
-        )
+        prefix = self.queue_prefix or self.name
+        return _shortened(f"{prefix}-{_UNFIT.sub('-', stage)}", f"{prefix} {stage}", _QUEUE, not fit)
+
+    @property
+    def of_queues(self) -> str:
+        """What the names of all queues of the backend begin with; see ``has_queue``."""
+        return f"{self.queue_prefix or self.name}-"
+
+    def has_queue(self, name: str) -> bool:
+        """Whether a queue whose name begins with ``of_queues`` is the backend's: not one of another backend,
+        whose own name begins so. Of a name with a digest that cannot be told, and it is."""
+        rest = name.removeprefix(self.of_queues)
+        return bool(_PLAIN.fullmatch(rest) or _DIGESTED.fullmatch(rest))
 
 
 def checked(names: Names) -> Names:

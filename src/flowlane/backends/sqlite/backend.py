@@ -22,7 +22,7 @@ from flowlane.backends.sqlite.writer import Writer
 from flowlane.clock import Clock
 from flowlane.errors import ConfigError, VersionConflict, redact
 from flowlane.events import Event
-from flowlane.ports import Channel, Commit, Committed, Delivery, Environment, Index, QueueSpec
+from flowlane.ports import Channel, Commit, Committed, Delivery, Environment, Index, Patience, QueueSpec
 from flowlane.state import RunTally
 
 # The longest ``busy_timeout``, a day: SQLite's own number of milliseconds ends at 25 of them.
@@ -81,7 +81,7 @@ class SqliteBackend:
     def scan(self, lane: str, *, run: str | None = None) -> AsyncIterator[Event]:
         return self._reader.scan(lane, run)
 
-    def units(self, lane: str, index: Index) -> AsyncIterator[Event]:
+    def units(self, lane: str, index: Index, patience: Patience | None = None) -> AsyncIterator[Event]:
         return self._reader.units(lane, index)
 
     async def runs(self, lane: str, limit: int) -> Sequence[Event]:

@@ -73,13 +73,15 @@ CREATE TABLE IF NOT EXISTS clock (id INTEGER PRIMARY KEY, latest INTEGER NOT NUL
 INSERT OR IGNORE INTO clock VALUES (1, 0)
 """
 
+# Half of it tells who is behind: a clock that is set back takes its step off (see ``wall``), by decades if it
+# was that wrong.
 _BEHIND: Final = 1 << 60
 _TRIGGERS: Final = (
     f"""CREATE TRIGGER IF NOT EXISTS queue_behind AFTER INSERT ON queue WHEN NEW.grp IS NOT NULL AND EXISTS (
         SELECT 1 FROM queue WHERE stage = NEW.stage AND grp = NEW.grp AND id < NEW.id)
     BEGIN UPDATE queue SET due = due + {_BEHIND} WHERE id = NEW.id; END""",  # noqa: S608  # a constant
     f"""CREATE TRIGGER IF NOT EXISTS queue_turn AFTER DELETE ON queue WHEN OLD.grp IS NOT NULL
-    BEGIN UPDATE queue SET due = due - {_BEHIND} WHERE due >= {_BEHIND} AND id = (
+    BEGIN UPDATE queue SET due = due - {_BEHIND} WHERE due >= {_BEHIND // 2} AND id = (
         SELECT min(id) FROM queue WHERE stage = OLD.stage AND grp = OLD.grp); END""",  # noqa: S608  # a constant
 )
 

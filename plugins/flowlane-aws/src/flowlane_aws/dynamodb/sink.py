@@ -104,6 +104,11 @@ class ItemWriter:
         """See ``Writer.resume``: the key of the item where the split's attempts meet."""
         return self._meeting.key.decode() if self._meeting else ""
 
+    @property
+    def unfinished(self) -> tuple[str, str]:
+        """See ``Writer.unfinished``: nothing is."""
+        return "", ""
+
     async def write(self, batch: Batch) -> Sequence[Bad]:
         """See ``Writer.write``. Without conditions there is no ``Fenced``, and a batch written again is put
         again.

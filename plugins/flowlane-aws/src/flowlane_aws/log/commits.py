@@ -92,12 +92,12 @@ def draft(commit: Commit, stamps: items.Stamps, now: float) -> Draft:
     puts: list[Item] = []
     for append in commit.appends:
         for event in append.events:
-            item = items.item_of(event, stamps())
+            item = items.item_of(event, stamp := stamps())
             if owed := own[event.id]:
-                item |= items.owing(event, min(due(publish, now) for publish in owed), owed)
+                item |= items.owing(event, min(due(publish, now) for publish in owed), stamp, owed)
             puts.append(item)
         if append.expected == 0:
-            items.put_waiting(puts[-len(append.events)], append.events[-1])
+            items.put_waiting(puts[-len(append.events)], append.events[-1], now)
     bare = [publish for publish in commit.publish if publish.event.id not in own]
     size = sum(items.length(item) for item in puts)
     made = Draft(commit, puts, additions(commit.tally), marked, bare, size)

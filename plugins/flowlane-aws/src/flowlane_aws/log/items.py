@@ -9,10 +9,12 @@ event       the event, structured JSON
 id          its id: whoever finds its own in its way has got through before
 run         its run
 lane        ``<lane>#<shard>``, sorted by ``stamp``: every event of the lane, in about the order of commits
-waiting     first events: ``<lane>#open#<shard>`` or ``<lane>#dead#<shard>`` (``state.index`` of the head)
+waiting     first events: ``<lane>#open#<shard>`` or ``<lane>#dead#<shard>`` (``state.index`` of the head),
+            sorted by ``look``
 waiting_as  the version that ``waiting`` was set for
+look        milliseconds of the epoch, as text: from when on the sweep is to look at the stream
 unsent      ``<lane>#<shard>``, sorted by ``due``: owed to queues that have not accepted it yet
-due         milliseconds of the epoch, as text: from when on the sweep is to send it
+due         milliseconds of the epoch from when on the sweep is to send it, and a stamp, as text
 owed        what is owed: JSON, a list of [stage, group]
 runs        first events of runs: ``<lane>``, sorted by ``stamp``
 ==========  =====================================================================================
@@ -37,11 +39,16 @@ Item = dict[str, dict[str, Any]]
 
 #: Each index is spread over so many partitions: one takes 1,000 write units a second.
 SHARDS: Final = 16
+#: Of what is dead there is less: each listing costs a request a partition.
+_OF_THE_DEAD: Final = 4
+
+#: Seconds before the sweep looks at a stream for the first time: less than any stage may be silent for.
+FIRST_LOOK: Final = 60.0
 
 #: Index name -> its partition key, its sort key, and what it holds besides the keys.
 INDEXES: Final[Mapping[str, tuple[str, str, Sequence[str]]]] = {
     "lane": ("lane", "stamp", ("run",)),
-    "waiting": ("waiting", "stamp", ()),
+    "waiting": ("waiting", "look", ()),
     "unsent": ("unsent", "due", ()),
     "runs": ("runs", "stamp", ()),
 }
@@ -50,14 +57,14 @@ INDEXES: Final[Mapping[str, tuple[str, str, Sequence[str]]]] = {
 _AROUND: Final = 4096
 
 
-def shard(stream: str) -> str:
-    """The shard of `stream` in every index; the same in every process and release."""
-    return f"{crc32(stream.encode()) % SHARDS:02d}"
+def shard(stream: str, of: int = 0) -> str:
+    """The shard of `stream` in an index with so many; the same in every process and release."""
+    return f"{crc32(stream.encode()) % (of or SHARDS):02d}"
 
 
-def shards(prefix: str) -> list[str]:
-    """The partitions of an index that begin with `prefix`."""
-    return [f"{prefix}#{n:02d}" for n in range(SHARDS)]
+def shards(prefix: str, of: int = 0) -> list[str]:
+    """The partitions of an index with so many that begin with `prefix`."""
+    return [f"{prefix}#{n:02d}" for n in range(of or SHARDS)]
 
 
 def text(value: str) -> dict[str, str]:
@@ -107,22 +114,37 @@ def length(item: Item) -> int:
     return _AROUND + len(item["event"]["S"].encode())
 
 
+_WAITING: Final[Mapping[Index, int]] = {"open": 0, "dead": _OF_THE_DEAD}
+
+
 def waiting(head: Event) -> str:
     """What ``waiting`` says while `head` is the stream's last event; empty if it is in no index."""
     index = state.index(head)
-    return f"{head.source}#{index}#{shard(head.subject)}" if index else ""
+    return f"{head.source}#{index}#{shard(head.subject, _WAITING[index])}" if index else ""
 
 
 def waiting_in(lane: str, index: Index) -> list[str]:
     """The partitions of the index ``waiting`` that list `lane`."""
-    return shards(f"{lane}#{index}")
+    return shards(f"{lane}#{index}", _WAITING[index])
 
 
-def put_waiting(item: Item, head: Event) -> None:
+def first_look(head: Event, now: float) -> str:
+    """``look`` of a stream that is marked with `head` as its last event: every sweep looks at open runs,
+    which are few, since any of their units may have been the last one."""
+    return milliseconds(0.0 if open_run(head) else now + FIRST_LOOK)
+
+
+def open_run(head: Event) -> bool:
+    """Whether `head` is the last event of a run that has not come to rest."""
+    return head.subject == head.run and state.index(head) == "open"
+
+
+def put_waiting(item: Item, head: Event, now: float) -> None:
     """Put the first event `item` into the index that `head`, the last one appended with it, belongs into."""
     if where := waiting(head):
         item["waiting"] = text(where)
         item["waiting_as"] = {"N": str(head.version)}
+        item["look"] = text(first_look(head, now))
 
 
 def gone_for_good(head: Event) -> bool:
@@ -130,13 +152,13 @@ def gone_for_good(head: Event) -> bool:
     return head.subject != head.run and state.status(head) in ("settled", "skipped", "superseded")
 
 
-def owing(event: Event, due: float, publishes: Sequence[Publish]) -> Item:
+def owing(event: Event, due: float, stamp: str, publishes: Sequence[Publish]) -> Item:
     """The attributes which say that the queues are owed `publishes` of `event`: to be sent by the sweep from
-    `due` (seconds of the epoch) on."""
+    `due` (seconds of the epoch) on, in the order of `stamp` where several are due at once."""
     owed = msgspec.json.encode([[each.stage, each.group] for each in publishes])
     return {
         "unsent": text(f"{event.source}#{shard(event.subject)}"),
-        "due": text(milliseconds(due)),
+        "due": text(f"{milliseconds(due)} {stamp}"),
         "owed": text(owed.decode()),
     }
 

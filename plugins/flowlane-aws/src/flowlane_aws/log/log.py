@@ -13,12 +13,12 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import Final
 
-from flowlane import state
+from flowlane import events, state
 from flowlane.backends.common import checked
 from flowlane.clock import Clock
 from flowlane.errors import FlowlaneError
 from flowlane.events import Event
-from flowlane.ports import Commit, Committed, Index, Publish
+from flowlane.ports import Commit, Committed, Index, Patience, Publish
 from flowlane.state import RunTally
 from flowlane_aws.bounded import all_of, each
 from flowlane_aws.log import items
@@ -31,8 +31,11 @@ from flowlane_aws.log.tallies import Tallies
 
 logger = logging.getLogger("flowlane")
 
-#: Streams whose heads are looked at together, while an index is listed.
-_TOGETHER: Final = 64
+#: Streams whose heads are looked at together while an index is listed: two keys each of one request.
+_TOGETHER: Final = GETS // 2
+#: Seconds after which the sweep looks at a stream again, at the latest.
+_LONGEST_LOOK: Final = 3600.0
+_LONGEST_LOOK_AT_RUNS: Final = 300.0
 #: Two clocks differ by less than this: of a run's events none is stamped so long before its first one.
 _SKEW: Final = timedelta(hours=1)
 
@@ -59,6 +62,7 @@ class Log:
         """
         now = self._clock.now().timestamp()
         drafts = [draft(commit, self._stamps, now) for commit in checked(work)]
+        await self._mark_ahead(drafts)
         for wave in waves(drafts):
             await self._committing.apply(wave)
             for one in wave:
@@ -73,7 +77,15 @@ class Log:
     def _moves(self, expected: int, head: Event) -> bool:
         """Whether the stream may be in another index with `head` as its last event; a first event has been
         put where it belongs."""
-        return expected > 0 and self._known.where(head.subject, expected) != items.waiting(head)
+        if expected == 0 or head.type == events.RUN_REDRIVEN:
+            return False
+        return self._known.where(head.subject, expected) != items.waiting(head)
+
+    async def _mark_ahead(self, drafts: Sequence[Draft]) -> None:
+        """A run that has ended is in no index. One that is redriven is put into its own before: a mark that a
+        crash keeps from being made is found by nobody, while one too many is looked at in vain."""
+        heads = [append.events[-1] for one in drafts for append in one.commit.appends]
+        await all_of([partial(self._mark, head) for head in heads if head.type == events.RUN_REDRIVEN])
 
     async def mark(self, drafts: Sequence[Draft]) -> None:
         """The streams that the commits moved from one index to another are marked so.
@@ -94,8 +106,9 @@ class Log:
         values = {":a": {"N": str(head.version)}}
         change = "SET #a = :a REMOVE #w"
         if where := items.waiting(head):
-            change = "SET #a = :a, #w = :w"
-            values[":w"] = text(where)
+            change = "SET #a = :a, #w = :w, #l = :l"
+            names["#l"] = "look"
+            values |= {":w": text(where), ":l": text(items.first_look(head, self._clock.now().timestamp()))}
         condition = "attribute_exists(pk) AND (attribute_not_exists(#a) OR #a < :a)"
         await self._table.update(items.key(head.subject, 1), change, condition, names, values)
 
@@ -145,7 +158,7 @@ class Log:
 
     async def _owe(self, owed: Sequence[Publish], now: float) -> None:
         event = owed[0].event
-        marks = items.owing(event, min(due(publish, now) for publish in owed), owed)
+        marks = items.owing(event, min(due(publish, now) for publish in owed), self._stamps(), owed)
         await self._table.update(
             items.key(event.subject, event.version),
             "SET " + ", ".join(f"#{name} = :{name}" for name in marks),
@@ -155,13 +168,22 @@ class Log:
         )
 
     async def owed(self, lane: str) -> AsyncIterator[Sequence[Publish]]:
-        """What the queues are owed of `lane` and may be sent by now, in portions."""
+        """What the queues are owed of `lane` and may be sent by now, in portions, in the order in which it
+        came to be owed: of a group that is the order of its commits."""
         now = items.milliseconds(self._clock.now().timestamp())
-        async for page in self._table.listing("unsent", items.shards(lane), ("<=", now)):
-            for keys in in_portions([_key(item) for item in page], GETS):
-                # The index may lag: the item says whether it is owed still.
-                there = await self._table.get(keys)
-                yield [publish for item in there.values() for publish in items.owed_by(item)]
+        keys: list[Item] = []
+        async for item in self._table.merged("unsent", items.shards(lane), ("<=", f"{now}~")):
+            keys.append(_key(item))
+            if len(keys) == GETS:
+                yield await self._owed_at(keys)
+                keys = []
+        if keys:
+            yield await self._owed_at(keys)
+
+    async def _owed_at(self, keys: Sequence[Item]) -> Sequence[Publish]:
+        # The index may lag: the item says whether it is owed still.
+        there = await self._table.get(keys)
+        return [publish for key in keys for publish in items.owed_by(there.get(_texts(key), {}))]
 
     # ----------------------------------------------------------------- reading
 
@@ -176,14 +198,14 @@ class Log:
                 heads[event.subject] = event
         return heads
 
-    async def heads(self, events: Sequence[Event]) -> Mapping[str, Event]:
-        """The last events of the streams of `events`, for those that stand in the log.
+    async def heads(self, received: Sequence[Event]) -> Mapping[str, Event]:
+        """The last events of the streams of `received`, for those that stand in the log.
 
         Nearly always they are their streams' last ones, which one request for many of them shows: each is
         there, and the version after it is not.
         """
         latest: dict[str, Event] = {}
-        for event in events:
+        for event in received:
             if event.subject not in latest or latest[event.subject].version < event.version:
                 latest[event.subject] = event
         keys = [items.key(e.subject, e.version + n) for e in latest.values() for n in (0, 1)]
@@ -233,16 +255,61 @@ class Log:
         began = datetime.fromisoformat(item["stamp"]["S"].partition("Z")[0])
         return (began - _SKEW).isoformat(timespec="microseconds")
 
-    async def units(self, lane: str, index: Index) -> AsyncIterator[Event]:
+    async def units(self, lane: str, index: Index, patience: Patience | None = None) -> AsyncIterator[Event]:
         """See ``Backend.units``. Marks that do not fit their stream's head any more are mended on the way."""
-        async for page in self._table.listing("waiting", items.waiting_in(lane, index)):
-            streams = [item["pk"]["S"] for item in page]
-            for at in range(0, len(streams), _TOGETHER):
-                heads = await self.last(streams[at : at + _TOGETHER])
+        partitions = items.waiting_in(lane, index)
+        now = self._clock.now().timestamp()
+        sort = ("<=", items.milliseconds(now)) if patience else ("", "")
+        async for page in self._table.listing("waiting", partitions, sort):
+            for some in in_portions([_key(item) for item in page], _TOGETHER):
+                marks, heads = await self._marked(some, partitions)
                 await self._mend([head for head in heads.values() if state.index(head) != index])
+                heads = {stream: head for stream, head in heads.items() if state.index(head) == index}
+                if patience is not None:
+                    heads = await self._claimed(marks, heads, patience, now)
                 for head in heads.values():
-                    if state.index(head) == index:
-                        yield head
+                    yield head
+
+    async def _marked(
+        self, keys: Sequence[Item], partitions: Sequence[str]
+    ) -> tuple[Mapping[str, Item], Mapping[str, Event]]:
+        """Of the streams that the index lists in `partitions`, and that are marked so still (the index may
+        lag): the first items, which have the marks, and the heads."""
+        streams = [key["pk"]["S"] for key in keys]
+        there = await self._table.get([items.key(stream, n) for stream in streams for n in (1, 2)])
+        firsts = {stream: there.get(_texts(items.key(stream, 1)), {}) for stream in streams}
+        marks = {
+            s: dict(item) for s, item in firsts.items() if item.get("waiting", text(""))["S"] in partitions
+        }
+        moved = [stream for stream in marks if _texts(items.key(stream, 2)) in there]
+        later = await self.last(moved)
+        heads = {stream: later.get(stream) or items.event_of(mark) for stream, mark in marks.items()}
+        return marks, heads
+
+    async def _claimed(
+        self, marks: Mapping[str, Item], heads: Mapping[str, Event], patience: Patience, now: float
+    ) -> Mapping[str, Event]:
+        """Those of `heads` that have been silent for longer than `patience`, and that nobody else has just
+        looked at. Each stream says from when on it is to be looked at again: when it may have been silent for
+        too long, or for as long again as it has been."""
+        claims: dict[str, tuple[Item, Mapping[str, str], Mapping[str, str]]] = {}
+        due: dict[str, Event] = {}
+        for stream, head in heads.items():
+            was = marks[stream]["look"]
+            if was["S"] > items.milliseconds(now):
+                continue
+            age = now - datetime.fromisoformat(head.time).timestamp()
+            left = patience(head) - age
+            run = items.open_run(head)
+            if left < 0 or run:
+                due[stream] = head
+            if run and (left >= 0 or state.status(head) == "closed"):
+                continue  # the next sweep is to look again, too
+            longest = _LONGEST_LOOK_AT_RUNS if run else _LONGEST_LOOK
+            wait = min(left if left >= 0 else max(age, items.FIRST_LOOK), longest)
+            claims[stream] = (items.key(stream, 1), was, text(items.milliseconds(now + max(wait, 1.0))))
+        won = dict(zip(claims, await self._table.swap("look", list(claims.values())), strict=True))
+        return {stream: head for stream, head in due.items() if won.get(stream, True)}
 
     async def _mend(self, stale: Sequence[Event]) -> None:
         for error in await each([partial(self._mark, head) for head in stale]):

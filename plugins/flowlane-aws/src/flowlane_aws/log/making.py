@@ -42,7 +42,7 @@ def _check(table: Table, there: Mapping[str, Any]) -> None:
     if keys != ["pk", "sk"] or not INDEXES.keys() <= indexes:
         raise ConfigError(
             f"table {table.name} is there and is no log of flowlane's (or of another release): name "
-            f"another one, {table.backend}?table=..."
+            f"another one by table= in {table.backend}"
         )
 
 

@@ -6,6 +6,7 @@ another's, transactions carry a token, removals and conditional updates come to 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
@@ -199,16 +200,37 @@ class Table:
             ]
         )
 
-    async def _execute(self, statements: Sequence[Mapping[str, Any]]) -> None:
-        left, tried = statements, 0
+    async def swap(
+        self, attribute: str, changes: Sequence[tuple[Item, Mapping[str, Any], Mapping[str, Any]]]
+    ) -> list[bool]:
+        """Of each key, and what `attribute` is and is to be there: whether it was, and this call changed it.
+
+        Raises: as ``remove``.
+        """
+        where = f"WHERE pk=? AND sk=? AND {attribute}=?"
+        statement = f'UPDATE "{self.name}" SET {attribute}=? {where}'  # noqa: S608  # both names are our own
+        statements = [
+            {"Statement": statement, "Parameters": [new, at["pk"], at["sk"], old]} for at, old, new in changes
+        ]
+        portions = [statements[at : at + _STATEMENTS] for at in range(0, len(statements), _STATEMENTS)]
+        done = await all_of([partial(self._execute, some) for some in portions])
+        return [each for some in done for each in some]
+
+    async def _execute(self, statements: Sequence[Mapping[str, Any]]) -> list[bool]:
+        """Whether each of `statements` was done: not one whose item is none, or is not as it says."""
+        done = [True] * len(statements)
+        left, tried = list(range(len(statements))), 0
         while True:
-            answer = await self._ask("marking in", self.client.batch_execute_statement, Statements=left)
+            these = [statements[n] for n in left]
+            answer = await self._ask("marking in", self.client.batch_execute_statement, Statements=these)
             errors = [each.get("Error", {}).get("Code", "") for each in answer["Responses"]]
-            if wrong := set(errors) - _NOT_NOW - {"", "ConditionalCheckFailed"}:  # the last: no such item
+            if wrong := set(errors) - _NOT_NOW - {"", "ConditionalCheckFailed"}:
                 raise Permanent(f"marking in {self.name}: refused ({min(wrong)}): check the role's policy")
-            left = [each for each, code in zip(left, errors, strict=True) if code in _NOT_NOW]
+            for n, code in zip(left, errors, strict=True):
+                done[n] = not code
+            left = [n for n, code in zip(left, errors, strict=True) if code in _NOT_NOW]
             if not left:
-                return
+                return done
             tried += 1
             if tried == _TRIES:
                 raise Retryable(
@@ -243,6 +265,22 @@ class Table:
             while last:
                 page, last = await self._page(partition, sort, index, 0, last)
                 yield page
+
+    async def merged(
+        self, index: str, partitions: Sequence[str], sort: tuple[str, str]
+    ) -> AsyncIterator[Mapping[str, Any]]:
+        """The items of all `partitions` of `index` as ``query`` has them, in the order of their sort keys."""
+        key = INDEXES[index][1]
+        firsts = await all_of([partial(self._page, each_, sort, index, 0, {}) for each_ in partitions])
+        pages = [(each_, deque(page), after) for each_, (page, after) in zip(partitions, firsts, strict=True)]
+        while pages := [page for page in pages if page[1]]:
+            at = min(range(len(pages)), key=lambda n: pages[n][1][0][key]["S"])
+            partition, items, after = pages[at]
+            yield items.popleft()
+            while after and not items:
+                page, after = await self._page(partition, sort, index, 0, after)
+                items.extend(page)
+            pages[at] = (partition, items, after)
 
     async def _page(
         self, partition: str, sort: tuple[str, str], index: str, newest: int, after: Mapping[str, Any]

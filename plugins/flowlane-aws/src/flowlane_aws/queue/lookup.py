@@ -133,7 +133,7 @@ class Lookup:
     def _missing(self, name: str) -> ConfigError:
         where = self._client.meta.region_name
         return ConfigError(
-            f"there is no queue {name} in {where}: `flowlane init LANE --backend aws://{self._names.name}` "
+            f"there is no queue {name} in {where}: `flowlane init LANE --backend {self._names.uri}` "
             "makes it, or set the region and account that it is in"
         )
 

@@ -6,6 +6,7 @@ about is decided by the log. SQS counts in whole seconds: leases and delays are 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from functools import partial
 from math import ceil
@@ -44,13 +45,20 @@ class Queues:
     ``Retryable`` where SQS does not answer.
     """
 
-    def __init__(self, client: Any, names: Names, clock: Clock, resolve: Resolve) -> None:
+    def __init__(
+        self,
+        client: Any,
+        names: Names,
+        clock: Clock,
+        resolve: Resolve,
+        tasks: asyncio.TaskGroup | None = None,
+    ) -> None:
         self._client = client
         self._names = names
         self._clock = clock
         self._lookup = Lookup(client, names)
         self._sender = Sender(client, self._lookup, clock)
-        self._receiver = Receiver(client, self._lookup, clock, resolve)
+        self._receiver = Receiver(client, self._lookup, clock, resolve, tasks)
 
     async def send(self, owed: Sequence[Publish]) -> Sequence[bool]:
         """For each of `owed`, whether SQS has it now. For one that it has not, nothing is raised, but logged.
@@ -68,11 +76,15 @@ class Queues:
         waits up to `wait` seconds for the first. What cannot be read is logged, and left to its queue, which
         will give it up.
 
-        Cancelled while it waits, it may leave messages hidden for `lease` that nobody was handed.
+        A queue that takes nothing, or is of the wrong kind, is told of by this: nobody waits for what `send`
+        answers, and what was not sent would be waited for in vain.
+
+        Cancelled while it waits, what SQS still hands out to it is given back by a task of `tasks`, which
+        ends some seconds after the wait; without `tasks`, that may stay hidden for `lease`.
         """
         for stage in stages:
-            if unfit := self._sender.unfit.get(stage):
-                raise unfit
+            if wrong := self._sender.unfit.get(stage) or self._sender.refused.pop(stage, None):
+                raise wrong
         return await self._receiver.receive(stages, limit, lease=lease, wait=wait)
 
     async def given_up(self, stages: Sequence[str], limit: int) -> Sequence[Received]:
@@ -203,17 +215,20 @@ class Queues:
             await insisting(call, entries[first : first + BATCH], self._clock, doing)
 
     async def purge(self) -> None:
-        """Empty every queue whose name begins as this backend's do, dead letters included.
+        """Empty every queue of this backend (see ``Names.has_queue``), dead letters included.
 
         Raises:
             Retryable: one was purged less than 60 seconds ago (as often as SQS allows).
         """
-        prefix = f"{self._names.queue_prefix or self._names.name}-"
+        prefix = self._names.of_queues
         token: dict[str, str] = {}
         while True:
             async with asking(f"listing queues {prefix}*"):
                 page = await self._client.list_queues(QueueNamePrefix=prefix, MaxResults=1000, **token)
-            await all_of([partial(self._purge, url) for url in page.get("QueueUrls") or ()])
+            urls = [
+                url for url in page.get("QueueUrls") or () if self._names.has_queue(url.rpartition("/")[2])
+            ]
+            await all_of([partial(self._purge, url) for url in urls])
             if not page.get("NextToken"):
                 return
             token = {"NextToken": page["NextToken"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any, Final
 import msgspec
 
 from flowlane.clock import Clock
-from flowlane.errors import ConfigError, Permanent, Retryable
+from flowlane.errors import ConfigError, FlowlaneError, Permanent, Retryable
 from flowlane.events import Event, Reference
 from flowlane_aws.bounded import each
 from flowlane_aws.clients import PATIENCE
@@ -29,6 +30,8 @@ _LONGEST_POLL: Final = 20
 _TURN: Final = 1
 #: Seconds that are not worth another call.
 _MOMENT: Final = 0.05
+#: Seconds that are waited for a poll that should have ended, and for its messages to be given back.
+_OVERDUE: Final = 2
 #: Calls that follow at once where the first brought all that one can.
 _BURST: Final = 8
 #: Seconds that whoever was handed a dead letter has for it, before it is handed out again.
@@ -56,11 +59,19 @@ class Received(msgspec.Struct, eq=False):
 class Receiver:
     """Receives from the queues of stages; see ``queue.Queues``."""
 
-    def __init__(self, client: Any, lookup: Lookup, clock: Clock, resolve: Resolve) -> None:
+    def __init__(
+        self,
+        client: Any,
+        lookup: Lookup,
+        clock: Clock,
+        resolve: Resolve,
+        tasks: asyncio.TaskGroup | None = None,
+    ) -> None:
         self._client = client
         self._lookup = lookup
         self._clock = clock
         self._resolve = resolve
+        self._tasks = tasks
         self._turn = 0
         self._told: set[str] = set()  # stages whose dead letters cannot be asked for
 
@@ -113,14 +124,48 @@ class Receiver:
     async def _read(self, queue: Queue, size: int, lease: float, poll: int) -> Sequence[Received]:
         """What one call brings; what of it cannot be read is logged, and left to the queue to give up."""
         got: list[Received] = []
-        for message in await self._call(queue, size, whole(lease), poll):
+        messages = await self._call(queue, size, whole(lease), poll)
+        now = self._clock.monotonic()  # their leases run while what they refer to is looked up
+        for message in messages:
             try:
-                got.append(await self._received(queue, message, whole(lease)))
+                got.append(await self._received(queue, message, whole(lease), now))
             except (Permanent, Retryable) as error:
                 logger.warning("message %s of queue %s is left: %s", message["MessageId"], queue.name, error)
         return got
 
     async def _call(self, queue: Queue, size: int, hidden: int, poll: int) -> Sequence[Mapping[str, Any]]:
+        if not poll or self._tasks is None:
+            return await self._ask(queue, size, hidden, poll)
+        asking = asyncio.ensure_future(self._ask(queue, size, hidden, poll))
+        try:
+            return await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            self._tasks.create_task(self._return(queue, asking, poll), name="flowlane-aws poll")
+            raise
+
+    async def _return(
+        self, queue: Queue, asking: asyncio.Task[Sequence[Mapping[str, Any]]], poll: int
+    ) -> None:
+        """Have what a poll brings that nobody waits for any more handed out again at once. SQS may not notice
+        that a client has gone: until the poll ends, it may give messages to nobody, hidden for a lease."""
+        try:
+            async with asyncio.timeout(poll + _OVERDUE):
+                messages = await asking
+        except Exception:  # noqa: BLE001  # none came, or their leases run out; nobody is there to be told
+            return
+        entries = [
+            {"Id": str(n), "ReceiptHandle": message["ReceiptHandle"], "VisibilityTimeout": 0}
+            for n, message in enumerate(messages)
+        ]
+        if not entries:
+            return
+        try:
+            async with self._lookup.asking(queue, "giving back messages of", seconds=_OVERDUE):
+                await self._client.change_message_visibility_batch(QueueUrl=queue.url, Entries=entries)
+        except FlowlaneError as error:
+            logger.warning("%d messages come again when their leases end: %s", len(entries), error)
+
+    async def _ask(self, queue: Queue, size: int, hidden: int, poll: int) -> Sequence[Mapping[str, Any]]:
         async with self._lookup.asking(queue, "receiving from", seconds=poll + PATIENCE):
             answer = await self._client.receive_message(
                 QueueUrl=queue.url,
@@ -131,12 +176,11 @@ class Receiver:
             )
             return answer.get("Messages") or ()
 
-    async def _received(self, queue: Queue, message: Mapping[str, Any], hidden: int) -> Received:
+    async def _received(self, queue: Queue, message: Mapping[str, Any], hidden: int, now: float) -> Received:
         """Raises:
         Permanent: nobody can tell what the message is about.
         Retryable: the log, which can, is away.
         """
-        now = self._clock.monotonic()
         found = read(message["Body"])
         if isinstance(found, Reference):
             event = await self._resolve(found)
@@ -174,9 +218,10 @@ class Receiver:
             messages = await self._call(dead, min(BATCH, limit - len(got) - len(unreadable)), _HOLD, 0)
             if not messages:
                 break
+            now = self._clock.monotonic()
             for message in messages:
                 try:
-                    got.append(await self._received(dead, message, _HOLD))
+                    got.append(await self._received(dead, message, _HOLD, now))
                 except Permanent as error:
                     unreadable.append(f"{message['MessageId']}: {error}")
         if unreadable:

@@ -47,6 +47,8 @@ class Sender:
         self._clock = clock
         #: Stages that turned out to have the wrong kind of queue.
         self.unfit: dict[str, ConfigError] = {}
+        #: Stages whose queue took nothing the last time, and will not before somebody changes something.
+        self.refused: dict[str, ConfigError] = {}
 
     async def send(self, owed: Sequence[Publish]) -> Sequence[bool]:
         """For each of `owed`, whether SQS has it now. Those of one group go one after the other: behind one
@@ -72,7 +74,10 @@ class Sender:
             else:
                 fit = [number for number in numbers if owed[number].delay <= LONGEST_DELAY]
                 await self._send(queue, owed, fit, answers)
+            self.refused.pop(stage, None)
         except FlowlaneError as error:
+            if isinstance(error, ConfigError):
+                self.refused[stage] = error
             left = sum(not answers[number] for number in numbers)
             logger.warning("stage %s: %d deliveries are not sent yet: %s", stage, left, error)
 
