@@ -30,7 +30,7 @@ $(SERVERS): constraints-servers.txt
 	@touch $@
 
 demo: setup
-	@$(PY) examples/demo.py
+	@$(PY) -m examples.demo
 
 test: setup
 	@$(PY) -m pytest tests $(wildcard plugins/*/tests) -n 4

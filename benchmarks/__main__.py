@@ -12,7 +12,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cold, decode, dynamodb, engine, fan_in, imports, lag, landing, sqs, stores
+from benchmarks import (
+    cold,
+    decode,
+    dynamodb,
+    engine,
+    fan_in,
+    imports,
+    lag,
+    landing,
+    rows,
+    sqs,
+    stores,
+    zip_member,
+    zip_resume,
+)
 from benchmarks.harness import Result, WrongOutput, run
 
 CASES = (
@@ -24,8 +38,12 @@ CASES = (
     sqs.CASE,
     stores.CASE,
     dynamodb.CASE,
+    dynamodb.CLIENT,
     fan_in.CASE,
+    rows.CASE,
     cold.CASE,
+    *zip_member.CASES,
+    zip_resume.CASE,
 )
 QUICK = {
     "engine": 20_000,
@@ -35,7 +53,11 @@ QUICK = {
     "sqs": 4_000,
     "stores": 256 << 20,
     "dynamodb": 1_000,
+    "dynamodb-client": 10_000,
     "fan-in": 400,
+    "rows": 50_000,
+    "zip-member": 64 << 20,
+    "zip-resume": 1 << 30,
 }
 
 

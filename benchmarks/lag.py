@@ -1,4 +1,5 @@
-"""How long the event loop is kept from its other work while archives are landed and decoded at full speed.
+"""How long the event loop is kept from its other work at full speed: while archives are landed and decoded,
+and while members of zips are proven, inflated and parsed.
 
 A task asks to be woken every millisecond and notes how much later it is. Only while an archive is on its way:
 an idle loop would make every figure look good. The bare loop, which decodes on the loop itself, shows what
@@ -18,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks import zip_member, zip_server, zips
 from benchmarks.archive import PIECE, make_piece
 from benchmarks.harness import Bar, Candidate, Case, python
 from benchmarks.landing import bare
@@ -26,6 +28,8 @@ from benchmarks.server import serving
 SIZE = 1 << 30
 TICK = 0.001
 HOURS = 8
+MEMBER = 8  #: a member has so much less: parsing takes its time
+MEMBERS = 4
 
 
 @contextmanager
@@ -35,10 +39,17 @@ def opened(size: int | None, scratch: Path) -> Iterator[Sequence[Candidate]]:
     piece = scratch / "piece.gz"
     unit, _ = make_piece(piece, min(PIECE, size // HOURS))
     count = max(1, round(size / unit / HOURS))
-    with serving(piece, count * HOURS) as large, serving(piece, count) as small:
+    made = zips.one_member(scratch, size // MEMBER)
+    with (
+        serving(piece, count * HOURS) as large,
+        serving(piece, count) as small,
+        zip_server.serving(made.layout) as zipped,
+    ):
         yield [
             Candidate("one archive", python("lag", "one", large, scratch)),
             Candidate("eight at once", python("lag", "eight", small, scratch)),
+            Candidate("rows of a member", python("lag", "member", zipped, scratch)),
+            Candidate("of four at once", python("lag", "members", zipped, scratch)),
             Candidate("bare loop", python("lag", "bare", large, scratch)),
         ]
 
@@ -51,6 +62,8 @@ CASE = Case(
     [
         Bar("one archive", "p99", "at most", 20),
         Bar("eight at once", "p99", "at most", 20),
+        Bar("rows of a member", "p99", "at most", 20),
+        Bar("of four at once", "p99", "at most", 20),
     ],
 )
 
@@ -102,11 +115,22 @@ async def flowlane(base: str, folder: Path, hours: int, sampler: Sampler) -> Non
     assert (report.outcome, report.units["settled"]) == ("settled", hours), report
 
 
+async def members(url: str, count: int) -> None:
+    """The rows of the same member, proven and read `count` times at once."""
+    async with zip_member.web() as environment, asyncio.TaskGroup() as tasks:
+        for _ in range(count):
+            tasks.create_task(zip_member.rows(environment, url, proves=True, entry=0))
+
+
 async def measured(kind: str, base: str, folder: Path) -> dict[str, float]:
     """One candidate, sampled."""
     sampler = Sampler()
     sampling = asyncio.create_task(sampler.run())
-    if kind == "bare":
+    if kind in ("member", "members"):
+        sampler.busy = 1
+        await members(base, MEMBERS if kind == "members" else 1)
+        sampler.busy = 0
+    elif kind == "bare":
         sampler.busy = 1
         await bare(base, folder)
         sampler.busy = 0

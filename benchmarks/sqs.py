@@ -4,7 +4,8 @@ All are measured against the same responder, which runs in a process of its own.
 queue before the clock runs: the bare loops receive ten at a time, decode each, and delete them in one call,
 as many at once as flowlane has receivers; flowlane receives, decodes, handles, appends, tallies and deletes.
 CPU is that of the candidate's process. "bare client" is the loop with the settings of flowlane's own client
-(no validation of parameters), so that what the engine adds stands by itself.
+(no validation of parameters), "brisk client" is it with flowlane's short way for these calls as well, so that
+what the engine adds stands by itself.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def opened(size: int | None, scratch: Path) -> Iterator[Sequence[Candidate]]:
     with sqs_server.serving() as endpoint:
         yield [
             Candidate(kind, python("sqs", kind, count, endpoint))
-            for kind in ("flowlane", "bare client", "aioboto3", "boto3")
+            for kind in ("flowlane", "brisk client", "bare client", "aioboto3", "boto3")
         ]
 
 
@@ -129,7 +130,7 @@ async def flowlane(count: int, endpoint: str) -> dict[str, float]:
     from flowlane.worker import run_once
     from flowlane_aws.clients import open_client
     from flowlane_aws.names import Names
-    from flowlane_aws.queue.queue import Queues
+    from flowlane_aws.queue.queue import HOT, Queues
 
     class Item(Unit, key="n"):
         n: int
@@ -160,7 +161,7 @@ async def flowlane(count: int, endpoint: str) -> dict[str, float]:
         while not reached(await log.tally("bench/run/slot", 0)):  # noqa: ASYNC110  # the log tells nobody
             await asyncio.sleep(0.005)
 
-    async with open_client("sqs", endpoint=endpoint) as sqs:
+    async with open_client("sqs", endpoint=endpoint, brisk=HOT) as sqs:
         queues = Queues(sqs, Names(f"bench{os.getpid()}"), clock, unknown)
         beside: Any = Beside(log, queues)
         async with open_application([lane], Settings(), backend=beside) as app:
@@ -177,15 +178,19 @@ async def flowlane(count: int, endpoint: str) -> dict[str, float]:
     return {"us": cpu / count * 1e6, "rate": count / wall, "calls": made / count, "peak": peak_mb()}
 
 
-async def aioboto3(count: int, endpoint: str, *, bare: bool) -> dict[str, float]:
-    """A loop as one would write it with aioboto3, ``CALLS`` at once; `bare`: with flowlane's own client."""
+async def aioboto3(count: int, endpoint: str, *, bare: bool, brisk: bool = False) -> dict[str, float]:
+    """A loop as one would write it with aioboto3, ``CALLS`` at once; `bare`: with our own client, which
+    takes its short way for these calls if it is to be `brisk`."""
     import aioboto3 as sdk  # type: ignore[import-untyped]  # ships none
 
     from flowlane.events import decode
     from flowlane_aws.clients import open_client
+    from flowlane_aws.queue.queue import HOT
 
     opening = (
-        open_client("sqs", endpoint=endpoint) if bare else sdk.Session().client("sqs", endpoint_url=endpoint)
+        open_client("sqs", endpoint=endpoint, brisk=HOT if brisk else ())
+        if bare
+        else sdk.Session().client("sqs", endpoint_url=endpoint)
     )
     async with opening as sqs:
         url = (await sqs.get_queue_url(QueueName=f"bare-{os.getpid()}"))["QueueUrl"]
@@ -261,7 +266,7 @@ def main(kind: str, count: int, endpoint: str) -> dict[str, float]:
         return boto3(count, endpoint)
     if kind == "flowlane":
         return asyncio.run(flowlane(count, endpoint))
-    return asyncio.run(aioboto3(count, endpoint, bare=kind == "bare client"))
+    return asyncio.run(aioboto3(count, endpoint, bare=kind.endswith("client"), brisk=kind == "brisk client"))
 
 
 if __name__ == "__main__":

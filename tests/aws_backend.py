@@ -104,20 +104,20 @@ def counting() -> Iterator[Requests]:
     session: Any = AioSession
     create = session._create_client
 
+    def begin(model: Any, params: dict[str, Any], context: dict[str, Any], **_: Any) -> None:
+        context["asked"] = params
+        requests[model.name] += 1
+        for look in requests.before:
+            look(model.name, params)
+
+    def end(http_response: Any, model: Any, context: dict[str, Any], **_: Any) -> None:
+        for look in requests.after if http_response.status_code < 300 else ():
+            look(model.name, context["asked"])
+
     async def counted(self: AioSession, *args: Any, **kwargs: Any) -> Any:
         client = await create(self, *args, **kwargs)
-        api = client._make_api_call
-
-        async def call(operation: str, parameters: dict[str, Any]) -> Any:
-            requests[operation] += 1
-            for look in requests.before:
-                look(operation, parameters)
-            answer = await api(operation, parameters)
-            for look in requests.after:
-                look(operation, parameters)
-            return answer
-
-        client._make_api_call = call
+        client.meta.events.register_first("provide-client-params", begin)
+        client.meta.events.register_last("after-call", end)
         return client
 
     session._create_client = counted

@@ -33,7 +33,9 @@ from flowlane.testing.faults import MODES
 from flowlane.testing.simulator import Tally, again, campaign
 from tests.aws_lambda.aggregate import aggregate
 from tests.kills.campaign import Campaign
-from tests.simulation.crashes import calm, crash
+from tests.kills.drops import DropsCampaign
+from tests.simulation.crashes import SCENES, calm, crash
+from tests.streams.zip.fuzz import apart
 
 Proof = Callable[[float], str]
 
@@ -78,17 +80,18 @@ def crash_pairs(seconds: float) -> str:
     with ProcessPoolExecutor(_PROCESSES, mp_context=get_context("spawn")) as pool:
         first = random.SystemRandom().randrange(10**9)
         done = list(pool.map(_pairs, [first + n for n in range(_PROCESSES)], [seconds] * 2))
-    return f"{sum(done):,} pairs of crash points in random modes: lake and log as undisturbed"
+    return f"{sum(done):,} pairs of crash points in random modes: effects and log as undisturbed"
 
 
 def _pairs(seed: int, seconds: float) -> int:
     rng, end, done = random.Random(seed), time.monotonic() + seconds, 0
-    calls = len(calm().calls)
     while time.monotonic() < end:
+        name = rng.choice(list(SCENES))
+        calls = len(calm(name).calls)
         one, other = rng.randrange(1, calls + 1), rng.randrange(1, 2 * calls)
         modes = rng.choice(MODES), rng.choice(MODES)
-        found = crash(one, modes[0], (one + other, modes[1]))
-        assert not found, f"crash({one}, {modes[0]!r}, ({one + other}, {modes[1]!r})): {found}"
+        found = crash(name, one, modes[0], (one + other, modes[1]))
+        assert not found, f"crash({name!r}, {one}, {modes[0]!r}, ({one + other}, {modes[1]!r})): {found}"
         done += 1
     return done
 
@@ -99,6 +102,25 @@ def kills(seconds: float) -> str:
         killing = Campaign(Path(folder), hours=500 + int(20 * seconds), seed=random.randrange(10**9))
         killing.run(kills=10**9, seconds=0.7 * seconds)  # the rest to see everything through
         return f"{sum(killing.hits.values()):,} kills {dict(killing.hits)}: nothing lost, nothing doubled"
+
+
+def drop_kills(seconds: float) -> str:
+    """kill -9 of two workers that load drops of the same tables, out of order and doubled."""
+    with TemporaryDirectory() as folder:
+        killing = DropsCampaign(Path(folder), seed=random.randrange(10**9))
+        killing.run(kills=10**9, seconds=0.7 * seconds)  # as above
+        killed = f"{sum(killing.hits.values()):,} kills {dict(killing.hits)}"
+        return f"{killed}, {killing.drops:,} drops: tables as loaded in order"
+
+
+def archives(seconds: float) -> str:
+    """Bent ZIP archives, read with their members: a typed error or the truth, in bounded time and memory."""
+    with ProcessPoolExecutor(_PROCESSES, mp_context=get_context("spawn")) as pool:
+        first = random.SystemRandom().randrange(10**9)
+        done = sum(
+            pool.map(apart, [first + n for n in range(_PROCESSES)], [seconds] * _PROCESSES), Counter[str]()
+        )
+    return f"{done.pop('archives'):,} archives, {dict(done)} of them or of their members"
 
 
 def fuzz(seconds: float) -> str:
@@ -182,7 +204,9 @@ PROOFS: Sequence[tuple[Proof, float]] = (
     (seeds, 3.0),
     (crash_pairs, 1.0),
     (kills, 1.5),
+    (drop_kills, 1.0),
     (fuzz, 0.5),
+    (archives, 0.5),
 )
 
 

@@ -48,8 +48,13 @@ def server(kind: Literal["ministack", "moto"], log: Path | None = None) -> Itera
     else:
         command = [str(PROGRAMS / "moto_server"), "-H", "127.0.0.1", "-p", str(port)]
         ready = f"{endpoint}/moto-api/"
-    # BIND_HOST: MiniStack's default is every interface.
-    names = {"BIND_HOST": "127.0.0.1", "GATEWAY_PORT": str(port), **CREDENTIALS}
+    # MiniStack's default is every interface, and its IoT broker knows no other.
+    names = {
+        "BIND_HOST": "127.0.0.1",
+        "IOT_MTLS_ENABLED": "0",
+        "GATEWAY_PORT": str(port),
+        **CREDENTIALS,
+    }
     with (log or Path(os.devnull)).open("ab") as output:
         process = subprocess.Popen(command, env={**os.environ, **names}, stdout=output, stderr=output)
         try:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from examples import tpch
 from flowlane.cli.verbs import cli as main
 from flowlane.testing.lying_server import LyingServer
 
@@ -60,12 +61,25 @@ async def test_the_first_lane_lands_archives(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / f"data/lake/raw/{now:%Y-%m-%d}-{now.hour}.json.gz").read_bytes() == data
 
 
+def test_the_lane_of_zips_loads_tables(tmp_path: Path) -> None:
+    drops = tmp_path / "data" / "drops"
+    drops.mkdir(parents=True)
+    tables = tpch.generate(0.0001)
+    wanted = {name: tables[name] for name in ("customer", "orders", "lineitem")}
+    (drops / "a.zip").write_bytes(tpch.pack(tpch.members(wanted)))
+    report = run(lane_file(tmp_path, SNIPPETS[1]), tmp_path)
+    assert report["dead"] == []
+    assert tpch.read_sqlite(tmp_path / "data" / "tables.db") == {
+        name: tpch.canonical(name, table.records()) for name, table in wanted.items()
+    }
+
+
 def test_the_lane_of_ones_own_loads_rows(tmp_path: Path) -> None:
     drops = tmp_path / "data" / "drops"
     drops.mkdir(parents=True)
     rows = "".join(f"{'' if n == 150 else n},{n}.5\n" for n in range(300))
     (drops / "a.csv.gz").write_bytes(gzip.compress(f"id,amount\n{rows}".encode()))
-    report = run(lane_file(tmp_path, SNIPPETS[1]), tmp_path)
+    report = run(lane_file(tmp_path, SNIPPETS[2]), tmp_path)
     assert report["records"] == {"in": 300, "expanded": 0, "out": 299, "skipped": 0, "quarantined": 1}
     (bad,) = (tmp_path / "quarantine").rglob("*.jsonl")
     assert json.loads(bad.read_text())["reason"] == "an order without an id"

@@ -10,6 +10,7 @@ from flowlane.errors import (
     FlowlaneError,
     Incomplete,
     Permanent,
+    Refused,
     Retryable,
     Superseded,
 )
@@ -17,6 +18,7 @@ from flowlane.events import Event
 from flowlane.lane import Fact, Lane, Policy, Unit
 from flowlane.ports import Context
 from flowlane.streams.dialect import CsvFormat
+from flowlane.streams.zip.entry import ZipLimits
 
 __version__ = "0.1.0"
 
@@ -32,7 +34,9 @@ __all__ = [
     "Lane",
     "Permanent",
     "Policy",
+    "Refused",
     "Retryable",
     "Superseded",
     "Unit",
+    "ZipLimits",
 ]

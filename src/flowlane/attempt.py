@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 
 from flowlane import events
+from flowlane.archive import connect_archive
 from flowlane.completion import notice
 from flowlane.deadline import Deadline, Interrupted
 from flowlane.discovery import Findings
@@ -23,10 +25,11 @@ from flowlane.errors import ConfigError, Fenced, Permanent, VersionConflict
 from flowlane.events import Event
 from flowlane.handling import Handling, payload
 from flowlane.landing import copy
-from flowlane.lane import Completed, Dead, F, Stage, fact_stream
+from flowlane.lane import Completed, Dead, F, Stage, Unit, fact_stream, stream_of
 from flowlane.notices import announce
 from flowlane.ports import (
     Append,
+    Archive,
     Commit,
     Committed,
     Delivery,
@@ -38,11 +41,14 @@ from flowlane.ports import (
     UnitRef,
 )
 from flowlane.state import Counts, Progress, Transfer, progress
+from flowlane.streams.zip.entry import ZipLimits
 from flowlane.transfer import Selection, load
 from flowlane.veil import conceal
 
 if TYPE_CHECKING:
     from flowlane.engine import Engine
+
+R = TypeVar("R")
 
 _MAX_STEP_RESULT = 64 * 1024
 #: What the log is asked to hold of a unit's state while it goes on: its end, with its reason, must fit too.
@@ -61,7 +67,9 @@ class Attempt:
     started = False
     lost = False
     moved = False
+    waiting = False  #: see ``waits``
     began = 0.0
+    doing = ""  #: what a long effect is at before it reaches a safe point, for whoever ends it there
     again = -1.0  #: seconds for which the delivery is given back, once the last commit is through
     kind: Terminal = "unit.settled"
     final: Event | None = None
@@ -454,6 +462,39 @@ class Attempt:
         head = (await self.engine.backend.last([stream])).get(stream)
         self.findings.recalled(stream, head.version if head else 0)
         return None if head is None else payload(head, fact)
+
+    def archive(
+        self, url: str, *, etag: str = "", limits: ZipLimits | None = None, password: str | None = None
+    ) -> AbstractAsyncContextManager[Archive]:
+        engine = self.engine
+        return connect_archive(
+            engine.connections, engine.clock, url, etag=etag, limits=limits, password=password
+        )
+
+    async def known(self, units: Sequence[Unit]) -> Sequence[bool]:
+        streams = [stream_of(self.lane, unit) for unit in units]
+        heads = await self.engine.backend.last(streams)
+        return [stream in heads for stream in streams]
+
+    async def offload(self, function: Callable[..., R], *args: Any) -> R:
+        return await self.engine.clock.offload(partial(function, *args))
+
+    @asynccontextmanager
+    async def turn(self, name: str, most: int) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            with self.waits():
+                await stack.enter_async_context(self.engine.turns.of(f"{self.lane}/{name}", most))
+            yield
+
+    @contextmanager
+    def waits(self) -> Iterator[None]:
+        """See ``turns.waiting``: what comes behind it begins then."""
+        self.waiting = True
+        try:
+            yield
+        finally:
+            self.waiting = False
+            self.began = self.engine.clock.monotonic()
 
     def rows(self, url: str, **options: Any) -> Rows:
         return Selection(url, options)

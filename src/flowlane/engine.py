@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -36,6 +37,7 @@ from flowlane.ports import (
     Publish,
 )
 from flowlane.state import status
+from flowlane.turns import WAITS, Turns
 from flowlane.veil import conceal
 
 if TYPE_CHECKING:
@@ -49,12 +51,14 @@ _AT_WORK = frozenset(
         events.ATTEMPT_STARTED,
         events.ATTEMPT_ALIVE,
         events.UPLOAD_OPENED,
+        events.SPLIT_PROVEN,
         events.BATCH_WRITTEN,
         events.STEP_DONE,
         events.DISCOVERY_PROGRESS,
     }
 )
 _COMMIT_TRIES = 4
+_CHANGES = 200
 #: Of several errors at once the first of these kinds says what becomes of the unit.
 _DECISIVE = (Fenced, ConfigError, Permanent, Superseded, Retryable, Interrupted)
 
@@ -88,6 +92,8 @@ class Engine:
                 handling = Handling(stage, chunk(len(lane.stages)))
                 self._queues[stage.queue] = self._types[lane.name, stage.on] = handling
         self._prefix = clock.token()
+        self.turns = Turns()
+        self.changes: deque[dict[str, str]] = deque(maxlen=_CHANGES)  #: see ``note_change``
         self._busy: dict[str, int] = {}  # how many attempts of a unit are under way here
         self._count = 0
         self._stamp = ("", -1.0)
@@ -145,6 +151,13 @@ class Engine:
             origin.traceparent,
             origin.partitionkey,
         )
+
+    def note_change(self, run: str, unit: str, change: str) -> None:
+        """A load changed its target beyond rows: the last of these are kept for reports; the log has more."""
+        told = {"run": run, "unit": unit, "change": change}
+        if told not in self.changes:
+            self.changes.append(told)
+            logger.info("%s: %s", unit, change, extra={"run": run, "unit": unit})
 
     # ------------------------------------------------------------------ triggering
 
@@ -261,6 +274,7 @@ class Engine:
             attempt.event = handling.typed(first)
             entered = entered or self._enter(head.subject)
             slot.attempt = attempt
+            WAITS.set(attempt.waits)
             if handling.generator:
                 await self._discover(handling, attempt)
             elif (result := await handling.handler(attempt.event, attempt)) is not None:

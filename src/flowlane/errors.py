@@ -10,6 +10,7 @@
     │   └── Incomplete        a body ended before its end
     │       └── Damaged       the whole body is there, and is not what it claims to be: begin afresh
     ├── Permanent             will not go right by itself: the unit is dead at once, with the reason
+    │   ├── Refused           an archive or an entry of one that is not read: the message says why
     │   └── BadRecord         one record is bad: it goes to quarantine, the rest goes on
     ├── Superseded            the object read is no longer the one that was registered
     └── Fenced                another attempt has taken the unit over; whatever this one does is refused
@@ -66,6 +67,11 @@ class Damaged(Incomplete):
 
 class Permanent(FlowlaneError):
     """No retry will help; the unit ends dead and waits for ``redrive``."""
+
+
+class Refused(Permanent):
+    """An entry of an archive (or an archive, beyond its limits) that is not read, for a reason that will not
+    pass by itself: an unsafe name, a method that nobody here knows, a bomb. Its other entries are."""
 
 
 class BadRecord(Permanent):

@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from contextlib import aclosing, contextmanager, suppress
+from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
 from flowlane import events
+from flowlane.blocks import gathered
 from flowlane.deadline import Interrupted
 from flowlane.errors import (
     ConfigError,
@@ -189,44 +190,59 @@ class _Copy:
     async def _pass_on(self, body: Body, goal: int) -> None:
         clock = self.attempt.engine.clock
         rhythm = float(self.attempt.stage.policy.lease) / 3
-        async for block in body:
-            if not self.offset:
-                check_magic(self.where, block)
-            cut = max(0, min(goal - self.offset, len(block)))
-            if cut:  # a resumed upload holds these already; the decoder needs to see them again
-                await self._digest(block[:cut])
-                if self.offset == goal and self.crc != self.state.position.crc:
-                    raise Superseded(f"{self.where}: its first {goal:,} bytes are not those read before")
-            if cut < len(block):
-                rest = block[cut:] if cut else block
-                await self._digest(rest)
-                await self.upload.write(rest)
-                self._written.append(Position(self.offset, 0, self.crc))
-            if self.attempt.near_deadline():
-                if self.offset <= goal:
-                    raise Interrupted(
-                        f"{self.offset:,} of the {goal:,} bytes of {self.where} that have landed so far were "
-                        'decoded once more: give it more time, or verify="length"'
-                    )
-                await self._keep()
-                raise Interrupted(f"{self.offset:,} bytes of {self.where} have landed so far")
-            if clock.monotonic() - self.logged_at > rhythm:
-                if self.offset > goal:
-                    await self._mark()
-                await self.log(events.BATCH_WRITTEN)  # on the way to the goal too: somebody is at work
+        async with aclosing(gathered(body, clock)) as lists:
+            async for blocks in lists:
+                if not self.offset:
+                    check_magic(self.where, b"".join(blocks))
+                await self._take(blocks, goal)
+                if self.attempt.near_deadline():
+                    await self._pause(goal)
+                if clock.monotonic() - self.logged_at > rhythm:
+                    if self.offset > goal:
+                        await self._mark()
+                    await self.log(events.BATCH_WRITTEN)  # on the way to the goal too: somebody is at work
 
-    async def _digest(self, block: bytes) -> None:
+    async def _take(self, blocks: list[bytes], goal: int) -> None:
+        """Blocks pass: those before `goal`, which a resumed upload holds already, by the decoder alone."""
+        known, fresh = _split(blocks, goal - self.offset)
+        if known:
+            await self._digest(known)
+            if self.offset == goal and self.crc != self.state.position.crc:
+                raise Superseded(f"{self.where}: its first {goal:,} bytes are not those read before")
+        if fresh:
+            for block, end in zip(fresh, await self._digest(fresh), strict=True):
+                await self.upload.write(block)
+                if self.state.etag:  # nobody goes on in the middle of what is not pinned, see ``_mark``
+                    self._written.append(end)
+
+    async def _pause(self, goal: int) -> NoReturn:
+        if self.offset <= goal:
+            raise Interrupted(
+                f"{self.offset:,} of the {goal:,} bytes of {self.where} that have landed so far were "
+                'decoded once more: give it more time, or verify="length"'
+            )
+        await self._keep()
+        raise Interrupted(f"{self.offset:,} bytes of {self.where} have landed so far")
+
+    async def _digest(self, blocks: list[bytes]) -> list[Position]:
+        """Where each of `blocks` ends; all of them decoded and checksummed."""
         if self.prover is None:
-            self.crc = self._crc32(block, self.crc)
+            ends = self._follow(blocks)
         else:
             with self._refuted():
-                self.crc = await self.attempt.engine.clock.offload(lambda: self._decode(block))
-        self.offset += len(block)
+                ends = await self.attempt.engine.clock.offload(lambda: self._follow(blocks))
+        self.offset, self.crc = ends[-1].offset, ends[-1].crc
+        return ends
 
-    def _decode(self, block: bytes) -> int:
-        assert self.prover is not None
-        self.prover.feed(block)
-        return self._crc32(block, self.crc)
+    def _follow(self, blocks: list[bytes]) -> list[Position]:
+        offset, crc = self.offset, self.crc
+        ends: list[Position] = []
+        for block in blocks:
+            if self.prover is not None:
+                self.prover.feed(block)
+            offset, crc = offset + len(block), self._crc32(block, crc)
+            ends.append(Position(offset, 0, crc))
+        return ends
 
     def _prove(self) -> None:
         if not self.offset:
@@ -288,6 +304,19 @@ class _Copy:
         landed = await self.upload.commit()
         _done(self.attempt, self.name, whole, self.state.etag)
         return landed
+
+
+def _split(blocks: list[bytes], count: int) -> tuple[list[bytes], list[bytes]]:
+    """The first `count` bytes (all there are, none if negative), and the rest."""
+    if count <= 0:
+        return [], blocks
+    first: list[bytes] = []
+    for number, block in enumerate(blocks):
+        if count < len(block):
+            return [*first, block[:count]] if count else first, [block[count:], *blocks[number + 1 :]]
+        first.append(block)
+        count -= len(block)
+    return first, []
 
 
 def _done(attempt: Attempt, name: str, whole: Position, etag: str) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from datetime import datetime
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
 from flowlane import events
+from flowlane.archive import connect_archive
 from flowlane.engine import Engine
 from flowlane.errors import ConfigError
 from flowlane.events import Event
 from flowlane.lane import F, Fact, Lane, Trigger, Unit, stream_of
-from flowlane.ports import ObjectInfo
+from flowlane.ports import Archive, ObjectInfo
 from flowlane.status import LogView
+
+R = TypeVar("R")
 
 
 class Planned(msgspec.Struct):
@@ -35,6 +40,7 @@ class _Rehearsal:
         self._engine = engine
         self.lane = lane.name
         self.run = self.unit = run
+        self.told: set[str] = set()  #: the streams that were planned, which a run would have registered
 
     def now(self) -> datetime:
         return self._engine.clock.now()
@@ -49,8 +55,22 @@ class _Rehearsal:
     async def recall(self, fact: type[F], **key: Any) -> F | None:
         return await LogView(self._engine, self.lane).recall(fact, **key)
 
+    def archive(self, url: str, **options: Any) -> AbstractAsyncContextManager[Archive]:
+        return connect_archive(self._engine.connections, self._engine.clock, url, **options)
+
+    async def known(self, units: Sequence[Unit]) -> Sequence[bool]:
+        streams = [stream_of(self.lane, unit) for unit in units]
+        heads = await self._engine.backend.last(streams)
+        return [stream in heads or stream in self.told for stream in streams]
+
     async def secret(self, reference: str, *, fresh: bool = False) -> str:
         return await self._engine.connections.secret(reference, fresh=fresh)
+
+    async def offload(self, function: Callable[..., R], *args: Any) -> R:
+        return await self._engine.clock.offload(partial(function, *args))
+
+    def turn(self, name: str, most: int) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
 
     def rows(self, url: str, **options: Any) -> NoReturn:
         self._refuse()
@@ -85,7 +105,8 @@ async def plan(engine: Engine, lane: Lane) -> AsyncIterator[Planned]:
     trigger = Trigger(slot="plan", by="plan")
     run = stream_of(lane.name, trigger)
     event = Event("plan", lane.name, events.LANE_TRIGGERED, run, engine.stamp(), trigger, 1, run)
-    found = stage.handler(event, _Rehearsal(engine, lane, run))
+    rehearsal = _Rehearsal(engine, lane, run)
+    found = stage.handler(event, rehearsal)
     if not hasattr(found, "__aiter__"):
         found.close()
         raise ConfigError(f"stage {stage.name} of lane {lane.name} yields no units: there is nothing to plan")
@@ -93,7 +114,8 @@ async def plan(engine: Engine, lane: Lane) -> AsyncIterator[Planned]:
         async for unit in found:
             if isinstance(unit, Unit) and not isinstance(unit, Fact):
                 stream = stream_of(lane.name, unit)
-                if not await engine.backend.last([stream]):
+                if stream not in rehearsal.told and not await engine.backend.last([stream]):
+                    rehearsal.told.add(stream)
                     owed = engine.handling(lane.name, unit.unit_type)
                     yield Planned(
                         unit=stream,

@@ -52,6 +52,7 @@ class Registry:
         self._manager = pluggy.PluginManager(GROUP)
         self._manager.add_hookspecs(hookspecs)
         self._table: dict[tuple[str, str], tuple[Provides, str]] = {}
+        self._known: dict[str, tuple[Any, dict[str, inspect.Parameter]]] = {}  # factories' options, by path
         for name, plugin in plugins.items():
             try:
                 self._manager.register(plugin, name=name)
@@ -168,9 +169,11 @@ class Registry:
         """
         item, name = self._find(kind, uri)
         factory = self._factory(item, name)
-        known = {
-            p.name: p for p in _signature(item, name, factory).parameters.values() if p.kind is p.KEYWORD_ONLY
-        }
+        made, known = self._known.get(item.path, (None, {}))
+        if made is not factory:
+            parameters = _signature(item, name, factory).parameters.values()
+            known = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+            self._known[item.path] = factory, known
         for option in options:
             if option not in known:
                 listed = ", ".join(sorted(known)) or "none"

@@ -28,6 +28,9 @@ PREFETCH = 512
 HORIZON = 0.25
 #: Seconds that a queue is waited for with one call, which leaving a pump may have to wait out.
 _POLL = 5.0
+#: Failures in a row, some six seconds' worth, with which a queue that is away is no passing trouble any more:
+#: nothing else would say why a run stands still.
+_AWAY = 6
 #: Seconds after which what goes on though it was cancelled is cancelled once more, and after which its lease
 #: is no longer kept.
 AGAIN = 5.0
@@ -285,7 +288,8 @@ class Pump:
                 raise
             except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # the queue is away: wait, with jitter, and ask again
                 failures += 1
-                logger.warning("queue %s does not answer: %s", station.queue, describe(ordinary(error)))
+                level = logging.WARNING if failures < _AWAY else logging.ERROR
+                logger.log(level, "queue %s does not answer: %s", station.queue, describe(ordinary(error)))
                 await clock.sleep(min(30.0, 0.1 * 2**failures) * (0.5 + clock.random() / 2))
                 continue
             failures = 0
@@ -437,9 +441,9 @@ class Pump:
                 slot.interrupt(slot.why, now)
                 self._give_up(station, slot, now)
             elif over:
-                slot.interrupt(
-                    Interrupted("the process had to end before the stage reached a safe point"), now
-                )
+                slot.interrupt(Interrupted(_cut_off(slot)), now)
+            elif slot.attempt is not None and slot.attempt.waiting:
+                slot.began = now  # for others: its time begins when that is over
             elif now - slot.began > station.timeout:
                 slot.interrupt(
                     Retryable(f"the attempt took longer than its timeout of {station.timeout:g} s"), now
@@ -505,3 +509,10 @@ def _failure(task: asyncio.Task[None]) -> BaseException | None:
     if task.cancelled():
         return RuntimeError(f"{task.get_name()} was cancelled, and nobody here did it")
     return task.exception()
+
+
+def _cut_off(slot: Slot) -> str:
+    """Why the attempt of `slot` does not reach a safe point any more."""
+    doing = slot.attempt.doing if slot.attempt is not None else ""
+    end = "the process had to end before the stage reached a safe point"
+    return f"{end}: {doing}" if doing else end

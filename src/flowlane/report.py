@@ -26,6 +26,8 @@ class Report(msgspec.Struct):
     stages: list[dict[str, Any]]
     dead: list[dict[str, str]]
     seconds: float = 0.0
+    changes: list[dict[str, str]] = msgspec.field(default_factory=list)
+    """What loads changed of their targets beyond rows, as far as the process that tells has seen to it."""
 
     def brief(self) -> dict[str, Any]:
         """The report as plain values, for an event or JSON."""

@@ -87,6 +87,8 @@ class Transfer(msgspec.Struct, frozen=True, omit_defaults=True):
     #: loads: where a sink stands that has not made safe what was written since
     kept: Position = Position()
     kept_counts: Counts = msgspec.field(default_factory=Counts)  #: loads: the counts at ``kept``
+    proven: str = ""  #: loads: the ETag under which the current split was proven whole
+    changes: tuple[str, ...] = ()  #: loads: what was changed of the target beyond rows
 
 
 class Progress(msgspec.Struct, omit_defaults=True):
@@ -126,6 +128,7 @@ _ENGINE = frozenset(
         events.ATTEMPT_CONTINUED,
         events.ATTEMPT_ALIVE,
         events.UPLOAD_OPENED,
+        events.SPLIT_PROVEN,
         events.BATCH_WRITTEN,
         events.STEP_DONE,
         events.DISCOVERY_PROGRESS,

@@ -22,6 +22,7 @@ from flowlane.errors import (
     BadRecord,
     Permanent,
     Superseded,
+    redact,
 )
 from flowlane.landing import give_up, tidy
 from flowlane.ports import (
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
 #: Below so many records an error budget is not yet held against a unit: one bad row in ten proves nothing.
 BUDGET_FLOOR = 1000
+#: Changes of its target that a unit's events tell of, at most.
+MAX_CHANGES = 50
 
 
 class Selection:
@@ -107,10 +110,10 @@ class _Load:
         state = self.state
         if state.position.offset or state.position.row:
             if state.etag != split.etag:
-                raise Superseded(f"{split.url} was replaced while it was being loaded")
+                raise Superseded(f"{redact(split.url)} was replaced while it was being loaded")
             if not split.replayable:
                 raise Permanent(
-                    f"{split.url} cannot be read in the same order twice, "
+                    f"{redact(split.url)} cannot be read in the same order twice, "
                     f"and {state.position.row:,} rows of it "
                     "went out: give it a key to read by"
                 )
@@ -118,6 +121,8 @@ class _Load:
         into = split
         if self.name != "load-1":
             into = msgspec.structs.replace(split, id=f"{split.id}#{self.name}")
+        await self._prove(source, split)
+        state = self.state
         async with sink.open(into, self.attempt.ref, state.upload) as writer:
             self._to, _ = writer.unfinished
             if not state.upload:
@@ -125,9 +130,14 @@ class _Load:
             stands = writer.position
             if stands is not None and stands.row < state.position.row:
                 state = self._go_back(stands)
+            wrote = 0
             async with aclosing(source.read(split, state.position, self.cut)) as batches:
+                self.attempt.doing = _passing_over(split, state.position)
                 async for batch in batches:
+                    self.attempt.doing = ""
                     await self._write(into, writer, batch)
+                    wrote += 1
+            self.attempt.doing = ""
             await writer.finish()
         await self._tidy()
         self._begun = False
@@ -140,11 +150,33 @@ class _Load:
             upload="",
             to="",
             left="",
+            proven="",
             before=self.state.counts,
             kept=Position(),
             kept_counts=Counts(),
         )
-        await self._log(moved=True)
+        if wrote == 1 and split.replayable and not state.position.row:
+            # That one batch is in the log: the unit's next event, mostly its last one, tells the rest. An
+            # attempt that is cut short before it repeats a batch: less than a commit for each small split.
+            self.attempt.progress.transfers[self.name] = self.state
+        else:
+            await self._log(moved=True)
+
+    async def _prove(self, source: Source, split: Split) -> None:
+        """What can be proven of `split` is, before its first record goes out; once, where an ETag pins it."""
+        if split.etag and self.state.proven == split.etag:
+            return
+        passed = 0
+        async with aclosing(source.prove(split, self.state.position)) as proving:
+            async for passed in proving:
+                if self.attempt.near_deadline():
+                    raise Interrupted(
+                        f"the proof of {redact(split.url)} had come to {passed:,} bytes, and begins anew: it "
+                        'alone needs longer than there is: give it more time, or verify="stream"'
+                    )
+        if passed and split.etag:
+            self.state = msgspec.structs.replace(self.state, proven=split.etag)
+            await self._log(moved=True, kind=events.SPLIT_PROVEN)
 
     def _go_back(self, stands: Position) -> Transfer:
         """The sink has less than the log knows of: go on from where it stands, if the counts there are known;
@@ -189,6 +221,7 @@ class _Load:
             for found in await writer.write(batch)
         ]
         bad += refused_by_sink
+        changes = self._note(writer.changes)
         went.records_out = len(batch.records) - len(refused_by_sink)
         went.quarantined = len(bad)
         if bad:
@@ -209,11 +242,21 @@ class _Load:
             to=to,
             left=left,
             counts=total,
+            changes=changes,
         )
         await self._log(moved=moved)
         self._check_budget(counts)
         if self.attempt.near_deadline():
-            raise Interrupted(f"{batch.end.row:,} rows of {split.url} are loaded so far")
+            raise Interrupted(f"{batch.end.row:,} rows of {redact(split.url)} are loaded so far")
+
+    def _note(self, changes: Sequence[str]) -> tuple[str, ...]:
+        """All that has been changed of the target so far, with `changes`."""
+        known = self.state.changes
+        for change in changes:
+            self.attempt.engine.note_change(self.attempt.run, self.attempt.unit, change)
+            if change not in known and len(known) < MAX_CHANGES:
+                known = (*known, change)
+        return known
 
     def _keep(self, resume: str) -> None:
         """Remember where the sink stood before this batch, if it would still be resumed there."""
@@ -236,9 +279,9 @@ class _Load:
         if self._to:
             await give_up(self.attempt, self._to, self.state.left)
 
-    async def _log(self, *, moved: bool) -> None:
+    async def _log(self, *, moved: bool, kind: str = events.BATCH_WRITTEN) -> None:
         self.attempt.progress.transfers[self.name] = self.state
-        await self.attempt.record(events.BATCH_WRITTEN, moved=moved)
+        await self.attempt.record(kind, moved=moved)
 
     def _check_budget(self, counts: Counts) -> None:
         budget = self.attempt.stage.policy.error_budget
@@ -248,6 +291,16 @@ class _Load:
                 f"more than the error budget of "
                 f"{budget:.2%}: see the quarantine, fix the source or the map, then redrive"
             )
+
+
+def _passing_over(split: Split, position: Position) -> str:
+    """What is done until the first batch, for whoever has to say that it took too long."""
+    if not position.offset:
+        return ""
+    return (
+        f"the {position.offset:,} bytes of {redact(split.url)} that were loaded before were still being "
+        "passed over: give it more time"
+    )
 
 
 def _rows_of(batch: Batch) -> list[int]:
@@ -310,12 +363,11 @@ async def _quarantine(attempt: Attempt, split: Split, start: Position, bad: Sequ
         )
     url = quarantine_url(folder, attempt, split, start)
     store = await engine.connections.store(url)
+    where = {"unit": attempt.unit, "url": split.url}
+    if split.member:
+        where["member"] = split.member
     lines = b"".join(
-        events.encode_data(
-            {"unit": attempt.unit, "url": split.url, "row": b.row, "reason": b.reason, "raw": b.raw}
-        )
-        + b"\n"
-        for b in bad
+        events.encode_data({**where, "row": b.row, "reason": b.reason, "raw": b.raw}) + b"\n" for b in bad
     )
     owner = f"{attempt.unit}#{attempt.progress.token}"
     async with store.upload(url, owner=owner, overwrite=True) as upload:

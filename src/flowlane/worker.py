@@ -163,6 +163,9 @@ async def report_of(app: Application, lane: Lane, run: str) -> Report:
     async for dead in app.backend.units(lane.name, "dead"):
         if dead.run == run and dead.subject != run and len(report.dead) < _DEAD_LISTED:
             report.dead.append({"unit": dead.subject, "reason": progress(dead).reason})
+    report.changes = [
+        {"unit": told["unit"], "change": told["change"]} for told in app.engine.changes if told["run"] == run
+    ]
     return report
 
 

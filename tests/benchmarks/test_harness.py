@@ -21,6 +21,12 @@ SIZES = {
     "stores": 12 << 20,
     "fan-in": 40,
     "dynamodb": 100,
+    "dynamodb-client": 200,
+    "rows": 500,
+    "zip-member": 1 << 20,
+    "zip-late": 20,
+    "zip-many": 20,
+    "zip-resume": 16 << 20,
 }
 
 

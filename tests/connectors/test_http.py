@@ -189,10 +189,33 @@ async def test_a_body_that_breaks_at_every_byte(store: http.HttpStore, server: L
         assert server.gets("/a") == 2 * (cut + 1)
 
 
+async def test_chunks_whose_ends_come_later_than_their_data(store: http.HttpStore) -> None:
+    """What ends a chunk may come by itself (RFC 9112, 7.1): nothing, and not the end."""
+    data = noise(300_000)
+
+    async def turn() -> None:
+        for _ in range(20):  # of the loop, in which the client is, too: it has read what was written
+            await asyncio.sleep(0)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n")
+        for at in range(0, len(data), 100_000):
+            for part in (b"186a0\r\n" + data[at : at + 100_000], b"\r\n"):
+                writer.write(part)
+                await writer.drain()
+                await turn()
+        writer.write(b"0\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        assert await fetch(store, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/a") == data
+
+
 async def test_resumes_go_on_while_there_is_progress(
     store: http.HttpStore, server: LyingServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "BLOCK", 1000)
+    monkeypatch.setattr(http, "PROGRESS", 1000)
     data = noise(20_000)
     url = server.serve("/a", data, cut=1000)
     assert await fetch(store, url) == data

@@ -17,11 +17,21 @@ import zstandard
 
 from flowlane.clock import SystemClock
 from flowlane.connectors.file import FileStore
-from flowlane.connectors.reading import StoreSource
 from flowlane.connectors.records import open_sink, open_source
 from flowlane.connectors.writing import ObjectWriter, StoreSink
 from flowlane.errors import ConfigError, Damaged, Fenced, Incomplete, Permanent, Superseded
-from flowlane.ports import Batch, Body, Connections, Cut, Environment, ObjectInfo, Record, Split, Store
+from flowlane.ports import (
+    Batch,
+    Body,
+    Connections,
+    Cut,
+    Environment,
+    ObjectInfo,
+    Record,
+    Source,
+    Split,
+    Store,
+)
 from flowlane.state import Position
 from flowlane.streams.dialect import CsvFormat
 from flowlane.streams.inflate import decoder
@@ -74,7 +84,7 @@ class TestStoreSource(SourceSuite):
     @pytest.fixture(params=SUFFIXES)
     async def source(
         self, request: pytest.FixtureRequest, tmp_path: Path, environment: Environment
-    ) -> AsyncIterator[StoreSource]:
+    ) -> AsyncIterator[Source]:
         make = csv_rows if "csv" in request.param else json_rows
         for name, count in (("a", 40), ("b", 10)):
             path = tmp_path / f"{name}.{request.param}"

@@ -411,9 +411,22 @@ async def test_composite_keys(file: Path, environment: Environment) -> None:
 
 async def test_upserts_need_a_key_in_the_table(file: Path, environment: Environment) -> None:
     execute(file, "CREATE TABLE t (id, a)")
-    with pytest.raises(Permanent, match="ON CONFLICT"):
+    with pytest.raises(Permanent, match=r"table t has no primary key or unique index over \(id\)"):
         await load(file, environment, [{"id": 1}], key="id")
     assert rows_of(file) == []
+
+
+async def test_a_later_generation_leaves_a_number_that_the_table_gave(
+    file: Path, environment: Environment
+) -> None:
+    """Others refer to it: what replaces a row whole has no say in it."""
+    execute(file, "CREATE TABLE t (n INTEGER PRIMARY KEY, code TEXT UNIQUE, text TEXT, note DEFAULT 'none')")
+    await load(file, environment, [{"code": "a", "text": "x", "note": "y"}], key="code", generation=1)
+    await load(file, environment, [{"code": "b"}, {"code": "a"}], stream="v", key="code", generation=2)
+    assert rows_of(file) == [
+        {"n": 1, "code": "a", "text": None, "note": "none"},
+        {"n": 2, "code": "b", "text": None, "note": "none"},
+    ]
 
 
 async def test_a_frozen_table_without_generations(file: Path, environment: Environment) -> None:

@@ -830,6 +830,26 @@ async def test_a_load_is_taken_up_where_it_was_left(bench: Bench) -> None:
 
 
 @virtual
+async def test_the_end_of_a_split_of_one_batch_takes_no_event_of_its_own(bench: Bench) -> None:
+    bench.world.tables.publish("rows://in", [rows(3), rows(15), rows(4)])
+    failures = 1
+
+    async def enrich(records: list[Record]) -> list[Record]:
+        nonlocal failures
+        if len(records) == 4 and failures:
+            failures -= 1
+            raise OSError("the directory is away")
+        return records
+
+    report = await bench.run(loading(bench, lambda r: r.enrich(enrich)))
+    assert (report.outcome, report.records["in"], report.records["out"]) == ("settled", 22, 22)
+    types = await bench.types("toy/thing/1")
+    assert types.count("batch.written") == 1 + (2 + 1) + 1, "and one for the end of two batches"
+    table = bench.world.tables.tables["table://out"]
+    assert [row["n"] for row in table.rows] == [*range(3), *range(15), *range(4)]
+
+
+@virtual
 async def test_a_load_goes_on_over_deadlines(bench: Bench) -> None:
     bench.world.tables.publish("rows://in", [rows(100)])
 

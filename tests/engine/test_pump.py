@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from flowlane import ConfigError, Context, Event, Lane, Permanent, Policy, Unit, events
+from flowlane import ConfigError, Context, Event, Lane, Permanent, Policy, Retryable, Unit, events
 from flowlane.backends.memory import MemoryBackend
 from flowlane.deadline import Deadline
 from flowlane.engine import leaf
@@ -394,6 +395,35 @@ async def test_a_queue_that_will_never_answer_again_ends_the_worker(bench: Bench
             async with Pump(app.engine, Deadline()):
                 await bench.clock.sleep(3600)
     assert "gone.db was removed" in str(leaf(raised.value))
+
+
+@virtual
+async def test_a_queue_that_is_away_for_long_is_an_error_even_to_those_who_want_no_warnings(
+    bench: Bench,
+) -> None:
+    """A disk that is full, say: a run waits until there is room, and who waits for it must know why."""
+    said: list[tuple[str, str]] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append((record.levelname, record.getMessage()))
+
+    async def receive(*_: Any, **__: Any) -> Any:
+        raise Retryable("flowlane.db: database or disk is full")
+
+    bench.backend.receive = receive
+    ear = Ear()
+    logging.getLogger("flowlane").addHandler(ear)
+    try:
+        async with bench.app(lane_of()) as app, Pump(app.engine, Deadline()):
+            await bench.clock.sleep(1)
+            assert {level for level, _ in said} == {"WARNING"}
+            await bench.clock.sleep(20)
+    finally:
+        logging.getLogger("flowlane").removeHandler(ear)
+    errors = [line for level, line in said if level == "ERROR"]
+    assert errors
+    assert all("disk is full" in line for line in errors)
 
 
 @virtual

@@ -15,6 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from flowlane.compose import Application, load_lane, open_application
+from flowlane.settings import Settings
 from tests import servers
 from tests.aws_lambda.mapping import QueueMapping
 from tests.aws_lambda.runtime_api import FunctionError, RuntimeApi
@@ -36,7 +38,7 @@ lane = http_archive(
     until="{until}",
     to="s3://{bucket}/raw/",
     every="2s",
-    policy=Policy(lease=4.0, timeout=60.0, retries=1000, backoff=0.05, backoff_cap=0.2, concurrency=4),
+    policy=Policy(lease=4.0, timeout=15.0, retries=1000, backoff=0.05, backoff_cap=0.2, concurrency=4),
 )
 """
 
@@ -54,8 +56,9 @@ class Fleet:
         """Start the worker or the function of that name."""
         if name == "function":
             variables = {**self._environment, "FLOWLANE_LANE": "kills_lane.py", "FLOWLANE_BACKEND": BACKEND}
-            self._function = RuntimeApi(HANDLER, self._folder, variables)
-            self._function.__enter__()
+            function = RuntimeApi(HANDLER, self._folder, variables)
+            function.__enter__()
+            self._function = function  # not before: the mapping's thread invokes what it finds here
             return
         command = [sys.executable, "-m", "flowlane", "worker", "kills_lane.py", "--backend", BACKEND]
         with (self._folder / f"{name}.log").open("ab") as output:
@@ -92,28 +95,38 @@ class Fleet:
             self.kill(name)
 
 
-class AwsCampaign:
-    """The kills, and then the reckoning: the lake byte for byte, the log stream by stream."""
+class AwsKiller:
+    """The kills of workers and a function that run the lane of ``make_lane``; then the reckoning."""
 
-    def __init__(self, folder: Path, hours: int, seed: int) -> None:
-        self.folder, self.hours = folder, hours
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder = folder
         self.chance = random.Random(seed)
         self.killed: Counter[str] = Counter()
         self.done_by_function = 0
-        self.until = datetime.fromisoformat(START) + timedelta(hours=hours)
+
+    def make_lane(self, stack: ExitStack) -> str:
+        """The text of the lane file, once what it needs is there; `stack` is closed when all is over."""
+        raise NotImplementedError
+
+    def before_kill(self) -> None:
+        """Called before each kill."""
+
+    def before_rest(self) -> None:
+        """Called when the last kill is done, and one undisturbed worker is about to finish."""
+
+    async def check(self, app: Application) -> None:
+        """The reckoning."""
+        raise NotImplementedError
 
     def run(self, seconds: int, pause: float = 1.0) -> None:
         """Kill one of them every `pause` seconds for so long, then let one undisturbed worker finish."""
         with ExitStack() as stack:
             endpoint = stack.enter_context(servers.server("ministack"))
-            archives = stack.enter_context(serving(self.hours, drip=0.15))
             environment = {**servers.environment(endpoint), "FLOWLANE_ALLOW_PRIVATE_HOSTS": "1"}
             stack.enter_context(_variables(environment))
-            (self.folder / "kills_lane.py").write_text(
-                LANE.format(url=archives.url, start=START, until=self.until.isoformat(), bucket=BUCKET)
-            )
-            self._command("init", "kills_lane.py", "--backend", BACKEND)
             asyncio.run(_make_bucket())
+            (self.folder / "kills_lane.py").write_text(self.make_lane(stack))
+            self._command("init", "kills_lane.py", "--backend", BACKEND)
             fleet = Fleet(self.folder, environment, workers=3)
             stack.callback(fleet.end)
             for name in fleet.names:
@@ -124,15 +137,16 @@ class AwsCampaign:
                 while time.monotonic() < end:
                     time.sleep(max(0.0, due - time.monotonic()))
                     due += pause
+                    self.before_kill()
                     name = self.chance.choice(fleet.names)
                     fleet.kill(name)
                     fleet.start(name)
                     self.killed[name] += 1
                 self.done_by_function = mapping.messages
             fleet.end()
-            archives.quicken()
+            self.before_rest()
             self._command("run", "kills_lane.py", "--backend", BACKEND, "--json")
-            asyncio.run(self._check())
+            asyncio.run(self._reckon())
 
     def _command(self, *arguments: str) -> str:
         command = [sys.executable, "-m", "flowlane", *arguments]
@@ -142,13 +156,32 @@ class AwsCampaign:
         assert done.returncode == 0, (arguments, done.stdout[-2000:], done.stderr[-2000:])
         return done.stdout
 
-    async def _check(self) -> None:
-        from flowlane.compose import load_lane, open_application
-        from flowlane.settings import Settings
-
+    async def _reckon(self) -> None:
         lane = load_lane(str(self.folder / "kills_lane.py"))
         async with open_application([lane], Settings(backend=BACKEND, allow_private_hosts=True)) as app:
-            await check_log(app, self.hours, self.until)
+            await self.check(app)
+
+
+class AwsCampaign(AwsKiller):
+    """Archives landed in a lake: byte for byte, and the log stream by stream."""
+
+    def __init__(self, folder: Path, hours: int, seed: int) -> None:
+        super().__init__(folder, seed)
+        self.hours = hours
+        self.until = datetime.fromisoformat(START) + timedelta(hours=hours)
+
+    def make_lane(self, stack: ExitStack) -> str:
+        """See ``AwsKiller``."""
+        self._archives = stack.enter_context(serving(self.hours, drip=0.15))
+        return LANE.format(url=self._archives.url, start=START, until=self.until.isoformat(), bucket=BUCKET)
+
+    def before_rest(self) -> None:
+        """See ``AwsKiller``."""
+        self._archives.quicken()
+
+    async def check(self, app: Application) -> None:
+        """See ``AwsKiller``."""
+        await check_log(app, self.hours, self.until)
         lake = await _read_bucket()
         begin = datetime.fromisoformat(START)
         expected = {}

@@ -21,7 +21,7 @@ from flowlane.settings import Settings
 from flowlane.state import fold
 from flowlane.status import LogView
 from flowlane.worker import run_once
-from tests.kills.victim import PHASES, START, Page, archive, lane, serve_archives, work
+from tests.kills.victim import PHASES, START, Page, archive, lane_of, serve_archives, work
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.kills.victim"])
@@ -53,36 +53,21 @@ def serving(hours: int, drip: float = 0.4) -> Iterator[Archives]:
         server.join()
 
 
-class Campaign:
-    """Kills spread over effect, commit and ack, of workers that held a delivery; then the reckoning."""
+class Killer:
+    """Kills spread over effect, commit and ack, of two workers that held a delivery."""
 
-    def __init__(self, folder: Path, hours: int, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int) -> None:
         self.folder = folder
-        self.hours = hours
         self.chance = random.Random(seed)
         self.hits: Counter[str] = Counter()
         self.misses = 0
-        self.settings: dict[str, str] = {}
+        self.settings: dict[str, str] = {"backend": f"sqlite:///{folder}/flowlane.db"}
 
-    @property
-    def until(self) -> datetime:
-        """The end of the lane's periods."""
-        return datetime.fromisoformat(START) + timedelta(hours=self.hours)
+    def before_start(self) -> None:
+        """Called before a worker is started, again or for the first time."""
 
-    def run(self, kills: int, seconds: float) -> None:
-        """Kill so many times (or until the time is up), then see everything through without kills."""
-        with serving(self.hours) as archives:
-            self.settings = {
-                "url": archives.url,
-                "lake": (self.folder / "lake").as_uri() + "/",
-                "until": self.until.isoformat(),
-                "backend": f"sqlite:///{self.folder}/flowlane.db",
-            }
-            self._kill(kills, time.monotonic() + seconds)
-            archives.quicken()
-            asyncio.run(self._see_through())
-
-    def _kill(self, kills: int, until: float) -> None:
+    def kill(self, kills: int, until: float) -> None:
+        """Kill so many times, or until that moment of ``time.monotonic``."""
         workers: list[tuple[BaseProcess, Page]] = [self._start(n) for n in range(2)]
         try:
             while sum(self.hits.values()) < kills and time.monotonic() < until:
@@ -98,6 +83,7 @@ class Campaign:
                 process.join()
 
     def _start(self, number: int) -> tuple[BaseProcess, Page]:
+        self.before_start()
         path = self.folder / f"page-{number}"
         path.write_bytes(bytes(4096))
         process = _context.Process(target=work, args=(self.settings, str(path)), daemon=True)
@@ -127,9 +113,34 @@ class Campaign:
         else:
             self.misses += 1
 
+
+class Campaign(Killer):
+    """The kills of workers that land archives; then the reckoning."""
+
+    def __init__(self, folder: Path, hours: int, seed: int) -> None:
+        super().__init__(folder, seed)
+        self.hours = hours
+
+    @property
+    def until(self) -> datetime:
+        """The end of the lane's periods."""
+        return datetime.fromisoformat(START) + timedelta(hours=self.hours)
+
+    def run(self, kills: int, seconds: float) -> None:
+        """Kill so many times (or until the time is up), then see everything through without kills."""
+        with serving(self.hours) as archives:
+            self.settings |= {
+                "url": archives.url,
+                "lake": (self.folder / "lake").as_uri() + "/",
+                "until": self.until.isoformat(),
+            }
+            self.kill(kills, time.monotonic() + seconds)
+            archives.quicken()
+            asyncio.run(self._see_through())
+
     async def _see_through(self) -> None:
         """Let one undisturbed worker finish, then compare lake and log with what must be."""
-        watched = lane(self.settings["url"], self.settings["lake"], self.settings["until"])
+        watched = lane_of(self.settings)
         settings = Settings(backend=self.settings["backend"], allow_private_hosts=True)
         async with open_application([watched], settings) as app:
             report = await run_once(app, watched)

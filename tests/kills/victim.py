@@ -24,8 +24,20 @@ from flowlane import Policy
 from flowlane.compose import open_application
 from flowlane.deadline import Deadline
 from flowlane.lane import Lane
-from flowlane.ports import Commit, Committed, Delivery, Store, Upload
-from flowlane.recipes import http_archive
+from flowlane.ports import (
+    Bad,
+    Batch,
+    Commit,
+    Committed,
+    Delivery,
+    Sink,
+    Split,
+    Store,
+    UnitRef,
+    Upload,
+    Writer,
+)
+from flowlane.recipes import http_archive, zip_tables
 from flowlane.settings import Settings
 from flowlane.testing.lying_server import LyingServer
 from flowlane.worker import serve
@@ -51,6 +63,25 @@ def lane(url: str, lake: str, until: str) -> Lane:
         every="1s",
         policy=Policy(lease=1.0, retries=1000, backoff=0.05, backoff_cap=0.2, concurrency=4),
     )
+
+
+def drops_lane(source: str, to: str) -> Lane:
+    """Zips of small tables, loaded in small batches, under such a policy."""
+    return zip_tables(
+        "kills",
+        source=source,
+        to=to,
+        tables=["orders", "customers"],
+        every="1s",
+        policy=Policy(lease=1.0, retries=1000, backoff=0.05, backoff_cap=0.2, concurrency=4, batch=20),
+    )
+
+
+def lane_of(settings: Mapping[str, str]) -> Lane:
+    """The lane that those settings are for."""
+    if "source" in settings:
+        return drops_lane(settings["source"], settings["to"])
+    return lane(settings["url"], settings["lake"], settings["until"])
 
 
 class Page:
@@ -120,6 +151,37 @@ class _Store:
             self._page.add("effect", -1)
 
 
+class _Writer:
+    """A writer, watched."""
+
+    def __init__(self, writer: Writer, page: Page) -> None:
+        self._writer = writer
+        self._page = page
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._writer, name)
+
+    async def write(self, batch: Batch) -> Sequence[Bad]:
+        self._page.add("effect", 1)
+        try:
+            return await self._writer.write(batch)
+        finally:
+            self._page.add("effect", -1)
+
+
+class _Sink:
+    """A sink, watched."""
+
+    def __init__(self, sink: Sink, page: Page) -> None:
+        self._sink = sink
+        self._page = page
+
+    @asynccontextmanager
+    async def open(self, split: Split, unit: UnitRef, resume: str = "") -> AsyncIterator[Any]:
+        async with self._sink.open(split, unit, resume) as writer:
+            yield _Writer(writer, self._page)
+
+
 class _Connections:
     """The connections, watched."""
 
@@ -133,9 +195,14 @@ class _Connections:
     async def store(self, url: str) -> Any:
         return _Store(await self._connections.store(url), self._page)
 
+    @asynccontextmanager
+    async def sink(self, url: str, options: Mapping[str, Any]) -> AsyncIterator[Any]:
+        async with self._connections.sink(url, options) as sink:
+            yield _Sink(sink, self._page)
+
 
 async def _work(settings: Mapping[str, str], page: Page) -> None:
-    watched = lane(settings["url"], settings["lake"], settings["until"])
+    watched = lane_of(settings)
     chosen = Settings(backend=settings["backend"], allow_private_hosts=True)
     async with open_application([watched], chosen) as app:
         app.engine.backend = app.backend = _Backend(app.backend, page)

@@ -1,87 +1,25 @@
-"""The scenario of the crash points: one run of ``http_archive`` with a retry, a 404, a dead unit, and a
-deadline that the slow hour does not meet; and the normal form in which its outcome is compared."""
+"""Crash points: a scene is run with a fault at one of its port calls (or some), restarting whatever dies; and
+the normal form in which its outcome is compared with that of the undisturbed run."""
 
 from __future__ import annotations
 
 import asyncio
-import gzip
 import logging
-import random
-from datetime import timedelta
 from functools import cache
 from typing import Any
 
 import msgspec
 
 from flowlane.deadline import Deadline
-from flowlane.lane import Lane, Policy
-from flowlane.recipes import http_archive
 from flowlane.state import progress, status
 from flowlane.testing.clock import Deadlock, VirtualLoop, run
-from flowlane.testing.faults import CrashAt, Process
-from flowlane.testing.jobs import EPOCH
-from flowlane.testing.stores import Page
+from flowlane.testing.faults import CrashAt
+from tests.simulation.archive_scene import ARCHIVE
+from tests.simulation.drops_scene import DROPS
 from tests.simulation.lab import Lab
+from tests.simulation.scene import Scene
 
-KINDS = ("good", "flaky", "missing", "truncated", "slow", "good")
-BODIES = [
-    gzip.compress(random.Random(n).randbytes(60 if n != 4 else 190), mtime=0) for n in range(len(KINDS))
-]
-
-#: Every port method that the lane must reach in the undisturbed run.
-PORTS = frozenset(
-    {
-        "backend.commit",
-        "backend.last",
-        "backend.read",
-        "backend.receive",
-        "backend.resend",
-        "backend.tally",
-        "backend.units",
-        "body.read",
-        "delivery.ack",
-        "delivery.extend",
-        "delivery.nack",
-        "store.discard",
-        "store.head",
-        "store.read",
-        "store.upload",
-        "upload.abort",
-        "upload.commit",
-        "upload.flush",
-        "upload.write",
-    }
-)
-
-
-def lane(process: Process) -> list[Lane]:
-    """One slot for the landing stage, so that the deadline finds deliveries that are not begun."""
-    archive = http_archive(
-        "archive",
-        url="web://archive/{t:%Y-%m-%d}-{t.hour}.json.gz",
-        start="2024-01-01T00",
-        until=EPOCH.replace(hour=0) + timedelta(hours=len(KINDS)),
-        to="lake://raw/",
-        max_gap="1h",
-        policy=Policy(
-            concurrency=2, retries=4, timeout=60.0, backoff=0.1, backoff_cap=0.1, lease=1.5, hops=5
-        ),
-    )
-    return [archive]
-
-
-def publish(lab: Lab) -> None:
-    """What the web has."""
-    for hour, (kind, body) in enumerate(zip(KINDS, BODIES, strict=True)):
-        page = Page(data=body)
-        if kind == "flaky":
-            page.breaks = 1
-        elif kind == "truncated":
-            page.cut, page.cuts = len(body) - 9, -1
-        elif kind == "slow":
-            page.pause = 0.6
-        if kind != "missing":
-            lab.world.web.publish(f"web://archive/2024-01-01-{hour}.json.gz", page)
+SCENES = {scene.name: scene for scene in (ARCHIVE, DROPS)}
 
 
 class Result(msgspec.Struct):
@@ -93,23 +31,23 @@ class Result(msgspec.Struct):
     kinds: set[str]  #: the types of all events
 
 
-def scenario(number: int = 0, mode: str = "", *more: tuple[int, str], seed: int = 0) -> Result:
+def scenario(scene: Scene, number: int = 0, mode: str = "", *more: tuple[int, str], seed: int = 0) -> Result:
     """Run it with a fault at that port call (0: none), restarting whatever dies, and drain."""
     faults = CrashAt(number, mode, *more)
 
     async def main(loop: VirtualLoop) -> Result:
-        lab = Lab(loop, lane)
-        publish(lab)
+        lab = Lab(loop, scene.lanes)
+        scene.publish(lab)
         first = lab.process(faults)
-        deadline = Deadline(first.clock.monotonic() + 2.0, 1.0)
-        doubled = loop.create_task(_double(lab))  # what is being landed is delivered once more
+        deadline = Deadline(first.clock.monotonic() + scene.deadline, 1.0)
+        doubled = loop.create_task(_double(lab, scene))
         wrong = [await lab.until_done(first, lab.run(deadline=deadline), again=lab.run(), faults=faults)]
         await doubled
-        await lab.redeliver(lambda event: event.subject.endswith("T00:00:00Z"))
+        await lab.redeliver(scene.belated)
         wrong.append(await lab.until_done(lab.process(faults), lab.run(), faults=faults))
         wrong += await lab.violations()
         wrong += [f"asyncio complains: {text}" for text in loop.complaints]
-        normal = await normal_form(lab)
+        normal = await normal_form(lab, scene)
         kinds = {event.type for event in (await lab.log()).events}
         return Result([text for text in wrong if text], normal, faults.calls, kinds)
 
@@ -119,13 +57,14 @@ def scenario(number: int = 0, mode: str = "", *more: tuple[int, str], seed: int 
         return Result([f"deadlock: {error}"], {}, faults.calls, set())
 
 
-async def _double(lab: Lab) -> None:
-    await asyncio.sleep(0.3)
-    await lab.redeliver(lambda event: event.subject.endswith("T04:00:00Z"))
+async def _double(lab: Lab, scene: Scene) -> None:
+    """What is being handled is delivered once more."""
+    await asyncio.sleep(scene.doubled_at)
+    await lab.redeliver(scene.doubled)
 
 
-async def normal_form(lab: Lab) -> dict[str, Any]:
-    """Lake and log without ids, times and attempts: states, counts, payloads, bookmark, reports, bytes."""
+async def normal_form(lab: Lab, scene: Scene) -> dict[str, Any]:
+    """Effects and log without ids, times and attempts: states, counts, payloads, facts, reports."""
     log = await lab.log()
     streams: dict[str, Any] = {}
     for name, stream in log.streams.items():
@@ -144,8 +83,7 @@ async def normal_form(lab: Lab) -> dict[str, Any]:
         on_the_way = ("at", "by", "heard")
         known["payload"] = {key: value for key, value in data.items() if key not in on_the_way}
         streams[name] = known
-    landings = sorted((landing.url, landing.data) for landing in lab.world.lake.landings)
-    return {"log": streams, "lake": dict(sorted(lab.world.lake.objects.items())), "landings": landings}
+    return {"log": streams, **scene.effects(lab)}
 
 
 def difference(one: Any, other: Any, path: str = "") -> list[str]:
@@ -160,13 +98,13 @@ def difference(one: Any, other: Any, path: str = "") -> list[str]:
 
 
 @cache
-def calm() -> Result:
-    """The undisturbed run."""
-    return scenario()
+def calm(name: str) -> Result:
+    """The undisturbed run of the scene of that name."""
+    return scenario(SCENES[name])
 
 
-def crash(number: int, mode: str, *more: tuple[int, str]) -> list[str]:
-    """What differs from the undisturbed run if that call goes wrong."""
+def crash(name: str, number: int, mode: str, *more: tuple[int, str]) -> list[str]:
+    """What differs from the undisturbed run of the scene of that name if that call goes wrong."""
     logging.getLogger("flowlane").setLevel(logging.ERROR)  # that the log is away is no news here
-    result = scenario(number, mode, *more)
-    return result.wrong + difference(result.normal, calm().normal)
+    result = scenario(SCENES[name], number, mode, *more)
+    return result.wrong + difference(result.normal, calm(name).normal)

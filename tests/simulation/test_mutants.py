@@ -32,7 +32,8 @@ from flowlane.testing.stores import Lake, Landing, Page
 from tests.simulation.lab import Lab
 
 POLICY = Policy(concurrency=2, retries=8, timeout=60.0, backoff=0.1, backoff_cap=0.2, lease=1.5)
-BODIES = [gzip.compress(random.Random(n).randbytes(150), mtime=0) for n in range(3)]
+#: Long enough for a slow one to be landed in several parts.
+BODIES = [gzip.compress(random.Random(n).randbytes(20_000), mtime=0) for n in range(3)]
 RECORDS = [{"n": n} for n in range(17)]
 
 
@@ -101,7 +102,7 @@ def changing(process: Process) -> Sequence[Lane]:
 def publish(lab: Lab, **page: Any) -> None:
     """What there is to land and to load."""
     for hour, body in enumerate(BODIES):
-        lab.world.web.publish(f"web://archive/2024-01-01-{hour}.json.gz", Page(data=body, **page))
+        lab.world.web.publish(f"web://archive/2024-01-01-{hour}.json.gz", Page(data=body, block=4096, **page))
     lab.world.tables.publish("rows://drop", [RECORDS])
 
 

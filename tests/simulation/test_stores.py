@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from flowlane.ports import Record
+from flowlane.ports import Record, Sink, TableSpec
 from flowlane.testing import stores
 from flowlane.testing.manual import ManualClock
-from flowlane.testing.sink_suite import SinkSuite
+from flowlane.testing.sink_suite import KeyedSuite, SinkSuite
 from flowlane.testing.source_suite import SourceSuite
 from flowlane.testing.store_suite import ReadableSuite, StoreSuite
 from flowlane.testing.stores import Lake, Page, Web
@@ -66,3 +66,15 @@ class TestTable(SinkSuite):
 
     async def contents(self) -> list[Record]:
         return self.table.rows
+
+
+class TestKeyedTable(KeyedSuite):
+    """``table://`` with a ``TableSpec``."""
+
+    @pytest.fixture
+    def sink(self) -> Sink:
+        self.tables = Tables()
+        return self.tables.sink("table://all/", TableSpec("orders", ("id",), "upsert"))
+
+    async def contents(self) -> list[Record]:
+        return self.tables.tables["table://all/orders"].rows

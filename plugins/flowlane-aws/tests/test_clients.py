@@ -11,6 +11,7 @@ import pytest
 from flowlane.errors import ConfigError, Permanent, Retryable
 from flowlane_aws.clients import asking, open_client
 from tests import servers
+from tests.fault_proxy import FaultProxy, refused
 
 
 @pytest.mark.parametrize("which", ["ministack", "moto"])
@@ -38,6 +39,38 @@ async def test_no_profile_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"profile \(nosuch\) could not be found"):
         async with open_client("sqs", region="eu-west-1"):
             pass
+
+
+async def test_an_endpoint_that_does_not_exist_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in servers.CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_USE_DUALSTACK_ENDPOINT", "true")
+    with pytest.raises(ConfigError, match="dualstack"):
+        async with open_client("sqs", region="eu-isoe-west-1"):
+            pass
+    async with open_client("dynamodb", region="local") as dynamodb:
+        with pytest.raises(ConfigError, match=r"listing tables: .*Dualstack and local"):
+            async with asking("listing tables"):
+                await dynamodb.list_tables()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (400, "InvalidSignatureException", "Signature expired: 20260101T000000Z is now earlier than 2026"),
+        (400, "InvalidSignatureException", "Signature not yet current: 20260101T000000Z is still later"),
+        (403, "SignatureDoesNotMatch", "Signature expired: 20260101T000000Z is now earlier than 2026"),
+        (403, "RequestTimeTooSkewed", "The difference between the request time and the current time"),
+    ],
+)
+async def test_what_was_frozen_while_it_was_sent_is_worth_another_try(
+    ministack: str, status: int, code: str, message: str
+) -> None:
+    async with FaultProxy(ministack) as proxy, open_client("dynamodb", endpoint=proxy.url) as dynamodb:
+        proxy.inject("dynamodb.ListTables", refused(status, code, message), times=-1)
+        with pytest.raises(Retryable, match="listing tables: signed too long ago, or too early"):
+            async with asking("listing tables"):
+                await dynamodb.list_tables()
 
 
 async def test_nobody_there_is_worth_another_try(monkeypatch: pytest.MonkeyPatch) -> None:

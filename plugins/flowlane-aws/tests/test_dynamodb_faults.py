@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from random import Random
 from typing import Any, cast
 
 import pytest
+from botocore.exceptions import ClientError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,9 +20,10 @@ from flowlane.errors import ConfigError, Retryable
 from flowlane.ports import Bad, Connections, Environment, UnitRef
 from flowlane.testing.sink_suite import cut_up, split
 from flowlane_aws.dynamodb.factory import open_sink
-from flowlane_aws.dynamodb.forms import Item, Puts, Transactions, chunks
+from flowlane_aws.dynamodb.forms import Answer as Told
+from flowlane_aws.dynamodb.forms import Item, Puts, Transactions, _cancelled, chunks
 from flowlane_aws.dynamodb.pace import MOST, START, Pace
-from flowlane_aws.dynamodb.sink import DynamoSink
+from flowlane_aws.dynamodb.sink import _SLICE, DynamoSink
 from tests.aws_wire import Answer
 from tests.dynamodb_tables import MARK, call, contents, items
 from tests.fault_proxy import Exchange, FaultProxy, lost_reply, lost_request, refused, throttled
@@ -40,6 +44,13 @@ class Hurried(SystemClock):
     async def sleep(self, seconds: float) -> None:
         self.slept.append(seconds)
         await asyncio.sleep(0)
+
+
+class Skipping(Hurried):
+    """Does not sleep, but says that the time has passed."""
+
+    def monotonic(self) -> float:
+        return super().monotonic() + sum(self.slept)
 
 
 class Scene:
@@ -191,6 +202,108 @@ async def test_a_transaction_in_the_way_of_another_is_tried_again(scene: Scene, 
     assert len(scene.clock.slept) == 2
 
 
+CONTENDED = {
+    "transactions": cancelled("TransactionConflict"),
+    "puts": refused(400, "TransactionConflictException"),
+}
+
+
+@pytest.mark.parametrize("form", CONTENDED)
+async def test_contention_alone_ends_no_attempt(scene: Scene, form: str) -> None:
+    """As long as anything gets anywhere, however often an item is in somebody else's transaction."""
+    options, operation = FORMS[form]
+    rule = scene.proxy.inject(operation, CONTENDED[form], times=40)
+    assert await scene.load(["x"], **options) == []
+    assert rule.fired == 40
+    assert len(scene.clock.slept) == 40
+    assert max(scene.clock.slept) <= 1
+
+
+@pytest.mark.parametrize("form", CONTENDED)
+async def test_who_gets_nowhere_for_a_minute_is_the_engine_s(scene: Scene, form: str) -> None:
+    options, operation = FORMS[form]
+    scene.clock = Skipping()
+    rule = scene.proxy.inject(operation, CONTENDED[form], times=-1)
+    with pytest.raises(Retryable, match="in the way of others for 60 s"):
+        await scene.load(["x"], **options)
+    assert rule.fired > 50
+    assert 59 < sum(scene.clock.slept) < 61  # and what the calls took
+
+
+async def test_items_that_are_in_nobody_s_way_go_ahead(scene: Scene) -> None:
+    """At once, while the others wait: here for as long as it takes those."""
+    sent: list[list[str]] = []
+    ahead = asyncio.Event()
+
+    class Waiting(Hurried):
+        async def sleep(self, seconds: float) -> None:
+            await super().sleep(seconds)
+            async with asyncio.timeout(5):
+                await ahead.wait()
+
+    async def keep(exchange: Exchange) -> bool:
+        asked = json.loads(exchange.request.body)["TransactItems"]
+        sent.append([put["Put"]["Item"]["text"]["S"] for put in asked])
+        if len(sent) == 1:
+            return await cancelled("None", "TransactionConflict", "None")(exchange)
+        answer = await exchange.forward()
+        ahead.set()
+        return await exchange.answer(answer)
+
+    async with scene.sink():
+        pass
+    scene.clock = Waiting()
+    scene.proxy.inject("dynamodb.TransactWriteItems", keep, times=-1)
+    assert await scene.load(["a", "b", "c"]) == []
+    assert sent == [["a", "b", "c"], ["a", "c"], ["b"]]
+    assert len(scene.clock.slept) == 1
+    assert texts_of_table() == ["a", "b", "c"]
+
+
+def test_what_is_throttled_does_not_go_ahead() -> None:
+    items = [Item(n, b"", b"", 1) for n in range(2)]
+    reasons = [{"Code": "TransactionConflict"}, {"Code": "ThrottlingError"}]
+    said: Any = {"Error": {"Code": "TransactionCanceledException"}, "CancellationReasons": reasons}
+    answer = _cancelled(ClientError(said, "TransactWriteItems"), items)
+    assert answer == Told(again=items, refused=[], busy=True, throttled=True)
+
+
+async def test_many_writers_of_the_same_items_all_get_through(scene: Scene) -> None:
+    """As DynamoDB has it: a transaction that names an item that is in another one is cancelled."""
+    held: set[str] = set()
+
+    async def contend(exchange: Exchange) -> bool:
+        asked = json.loads(exchange.request.body)["TransactItems"]
+        mine = [put["Put"]["Item"]["id"]["N"] for put in asked]
+        codes = ["TransactionConflict" if key in held else "None" for key in mine]
+        if "TransactionConflict" in codes:
+            return await cancelled(*codes)(exchange)
+        held.update(mine)
+        try:
+            answer = await exchange.forward()
+        finally:
+            held.difference_update(mine)
+        return await exchange.answer(answer)
+
+    scene.proxy.inject("dynamodb.TransactWriteItems", contend, times=-1)
+
+    async def load(generation: int) -> None:
+        chance = Random(generation)
+        ids = chance.sample(range(200), 200)
+        batch = cut_up([{"id": n, "text": str(generation)} for n in ids], 1000)[0]
+        async with scene.sink() as sink:
+            unit = UnitRef(f"lane/unit/{generation}", 1, generation)
+            async with sink.open(split(), unit) as writer:
+                assert await writer.write(batch) == []
+
+    async with scene.sink():
+        pass
+    async with asyncio.TaskGroup() as tasks:
+        for generation in range(4):
+            tasks.create_task(load(generation))
+    assert texts_of_table() == ["3"] * 200
+
+
 async def test_of_a_cancelled_transaction_only_the_rest_is_sent_again(scene: Scene) -> None:
     """What stands already is not sent again, and what is refused is told."""
     reasons = ("ConditionalCheckFailed", "ValidationError", "ItemCollectionSizeLimitExceeded", "None")
@@ -287,6 +400,28 @@ async def test_batches_are_plain(scene: Scene) -> None:
     assert sorted(items("scene"), key=lambda item: int(item["id"]["N"])) == [
         {"id": {"N": str(n)}, "text": {"S": f"number {n + 60 if n < 30 else n}"}} for n in range(60)
     ]
+
+
+async def test_of_a_key_in_two_slices_the_last_record_stays(scene: Scene) -> None:
+    """A batch is made into items in slices, from its end on, each of which is sent while others are made:
+    so nothing but the sink itself keeps an earlier record from arriving last."""
+    records = [{"id": n % 1200, "text": f"number {n}"} for n in range(2600)]
+    assert len(records) > 2 * _SLICE
+    sent: Counter[str] = Counter()
+
+    async def keep(exchange: Exchange) -> bool:
+        puts = json.loads(exchange.request.body)["RequestItems"]["scene"]
+        sent.update(put["PutRequest"]["Item"]["id"]["N"] for put in puts)
+        return await exchange.answer(await exchange.forward())
+
+    scene.proxy.inject("dynamodb.BatchWriteItem", keep, times=-1)
+    async with (
+        scene.sink(exactly=False) as sink,
+        sink.open(split(), UnitRef("lane/unit/a", 1)) as writer,
+    ):
+        assert await writer.write(cut_up(records, 3000)[0]) == []
+    assert texts_of_table() == [f"number {n + (2400 if n < 200 else 1200)}" for n in range(1200)]
+    assert set(sent.values()) == {1}
 
 
 # ---------------------------------------------------------------------- pace

@@ -93,6 +93,8 @@ def _show(screen: Screen, ended: _Ended) -> None:
         units = plural(other.units["found"], "unit")
         screen.line(f"drained too: {other.run}: {other.outcome}, {units}", _STYLES[other.outcome])
     for each in [report, *ended.drained]:
+        for told in each.changes:
+            screen.line(f"changed by {told['unit']}: {told['change']}")
         for dead in each.dead:
             screen.line(f"dead {dead['unit']}: {dead['reason']}", "red")
     for each in [report, *ended.drained]:

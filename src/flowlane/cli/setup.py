@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any
 
 from flowlane.cli.screen import Screen
 from flowlane.cli.session import Answer, Session
 from flowlane.cli.text import plural
 from flowlane.compose import open_application
-from flowlane.errors import redact
-from flowlane.lane import Lane
+from flowlane.errors import ConfigError, redact
+from flowlane.lane import Lane, duration
 from flowlane.plugins import Registry
-from flowlane.ports import QueueSpec
+from flowlane.ports import Deployable, Deployment, QueueSpec
 
 
 async def show_plugins() -> Answer:
@@ -28,18 +31,7 @@ async def show_plugins() -> Answer:
 async def prepare(session: Session, lane: Lane) -> Answer:
     """Have the backend make what it lacks for the lane, and say what is there."""
     async with open_application([lane], session.settings) as app:
-        made = await app.backend.create(
-            [
-                QueueSpec(
-                    stage.queue,
-                    float(stage.policy.lease),
-                    float(stage.policy.timeout),
-                    bool(stage.order),
-                    stage.policy.retries,
-                )
-                for stage in lane.stages
-            ]
-        )
+        made = await app.backend.create(_queues(lane))
         document: dict[str, Any] = {
             "lane": lane.name,
             "backend": redact(session.settings.backend),
@@ -60,3 +52,42 @@ async def prepare(session: Session, lane: Lane) -> Answer:
         screen.line(f"{plural(document['open'], 'open unit')}, {document['dead']:,} dead")
 
     return Answer(document, show)
+
+
+async def show_template(session: Session, lane: Lane, reference: str, variables: Sequence[str]) -> Answer:
+    """What has something else make what the backend lacks for the lane; nothing is made."""
+    async with open_application([lane], session.settings) as app:
+        if not isinstance(app.backend, Deployable):
+            raise ConfigError(
+                f"{redact(session.settings.backend)} is made by opening it, there is no template of it: name "
+                "the backend that is to be deployed by --backend aws://NAME"
+            )
+        every = duration(lane.every) if lane.every is not None else 0.0
+        deployment = Deployment(lane.name, _packed(reference), every, _queues(lane), variables)
+        document = app.backend.template(deployment)
+
+    def show(screen: Screen) -> None:
+        for line in json.dumps(document, indent=2).splitlines():
+            screen.line(line)
+
+    return Answer(document, show)
+
+
+def _queues(lane: Lane) -> list[QueueSpec]:
+    return [
+        QueueSpec(
+            stage.queue,
+            float(stage.policy.lease),
+            float(stage.policy.timeout),
+            bool(stage.order),
+            stage.policy.retries,
+            stage.policy.concurrency,
+        )
+        for stage in lane.stages
+    ]
+
+
+def _packed(reference: str) -> str:
+    """The lane's reference within a package: a path out of this folder is that of a file in the package's."""
+    path = PurePath(reference)
+    return path.name if path.is_absolute() or ".." in path.parts else reference

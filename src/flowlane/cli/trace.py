@@ -86,6 +86,8 @@ def _details(event: Event) -> list[str]:
         details.append(f"{now.children:,} found")
     if event.type == events.ATTEMPT_FAILED:
         details.append(f"again after {now.delay:.1f} s")
+    if event.type in (events.UNIT_SETTLED, events.UNIT_DEAD):
+        details += [change for transfer in now.transfers.values() for change in transfer.changes]
     if event.type == events.RUN_COMPLETED:
         details.append(str(now.report.get("outcome", "")))
     elif now.reason:

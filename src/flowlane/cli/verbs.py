@@ -208,8 +208,14 @@ def plugins(session: Session) -> Work:
 
 @verb
 @_lane
-def init(session: Session, lane: str) -> Work:
+@click.option("--template", is_flag=True, help="Make nothing: print a template that makes it.")
+@click.option("--variable", "variables", metavar="NAME", multiple=True, help="One that LANE's file reads.")
+def init(session: Session, lane: str, template: bool, variables: tuple[str, ...]) -> Work:
     """Create what LANE needs of its backend; say what is there."""
-    from flowlane.cli.setup import prepare
+    from flowlane.cli.setup import prepare, show_template
 
+    if template:
+        return show_template(session, session.lane(lane), lane, variables)
+    if variables:
+        raise click.UsageError("--variable is a parameter of the template: add --template")
     return prepare(session, session.lane(lane))

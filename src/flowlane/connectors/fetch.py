@@ -25,8 +25,9 @@ from flowlane.errors import ConfigError, Damaged, Incomplete, Permanent, Retryab
 from flowlane.streams.inflate import Decoder, decoder
 
 MAX_HOPS: Final = 5
-#: aiohttp stops reading from the socket at twice this many unread bytes: the backpressure.
-READ_BUFFER: Final = 1 << 20
+#: aiohttp stops reading from the socket at twice this many unread bytes: the backpressure. What waits any
+#: longer has left the CPU's cache when it is worked on (1 MiB: three fifths more CPU for landing).
+READ_BUFFER: Final = 256 << 10
 CONNECT_TIMEOUT: Final = 15.0
 READ_TIMEOUT: Final = 60.0
 #: From sending a request (and following its redirects) to the headers of the answer.

@@ -29,6 +29,7 @@ BLOCK: Final = 1 << 20
 T = TypeVar("T")
 
 _SLICE: Final = 256  # objects listed per hop
+_SHORT: Final = 256 << 10  # bytes that are read in the hop that opens the file
 _REFUSED: Final = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_SUCH: Final = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}
 _FULL: Final = {errno.ENOSPC, errno.EDQUOT}
@@ -140,6 +141,7 @@ class FileBody:
         self._position = start
         self._end = end
         self._info = ObjectInfo("")
+        self._first: tuple[bytes, str] | None = None  # the block that opening it has read
 
     @property
     def info(self) -> ObjectInfo:
@@ -154,6 +156,8 @@ class FileBody:
         if not stat.S_ISREG(found.st_mode):
             raise Permanent(f"cannot read {url_of(self._path)}: it is not a regular file")
         self._info = _describe(self._path, found)
+        if self._end is not None and 0 < self._end - self._position <= _SHORT:
+            self._first = self._next(self._end - self._position)
 
     def close(self) -> None:
         """Let go of the file. Closing twice is fine."""
@@ -166,8 +170,11 @@ class FileBody:
         url, size = self._info.url, self._info.size
         stop = size if self._end is None else min(self._end, size)
         while self._position < stop:
-            with _reading(url):
-                block, etag = await hop(self._clock, self._next, min(BLOCK, stop - self._position))
+            if self._first is not None:
+                (block, etag), self._first = self._first, None
+            else:
+                with _reading(url):
+                    block, etag = await hop(self._clock, self._next, min(BLOCK, stop - self._position))
             if etag != self._info.etag:
                 raise Superseded(f"{url}: the file was written to while it was read")
             if not block:

@@ -21,17 +21,15 @@ from flowlane.connectors.fetch import redact
 from flowlane.errors import ConfigError, Incomplete, Permanent, Retryable, Superseded
 from flowlane.ports import Body, Environment, ObjectInfo, Upload
 
-#: A block that a body hands out has at most this many bytes, and as many as are to be had.
-BLOCK: Final = 1 << 20
-#: A body may break off this often with less than a block read in between.
+#: A body may break off this often with less than so many bytes read in between.
 MAX_RESUMES: Final = 5
+PROGRESS: Final = 1 << 20
 #: A server that asks for more than these seconds before a resume is left to the stage's retry policy.
 MAX_PATIENCE: Final = 5.0
 
-#: A block is handed out that took longer than these seconds to gather, however small it is (but for the
-#: first few bytes, by which an object is known): who reads has a deadline to look to.
-MAX_GATHERING: Final = 1.0
-_FEW: Final = 4096
+#: Blocks are handed out as they come; smaller ones than this are put together, for so many seconds.
+_WORTH: Final = 64 << 10
+_PATIENCE: Final = 1.0
 
 _NO_HEAD: Final = frozenset({400, 403, 405, 501})
 _RANGE: Final = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)")
@@ -253,7 +251,7 @@ class HttpBody:
             if over and not self._reached():
                 # A range that ends where it said, if short of what was asked for, is no failure.
                 as_announced = progress > 0 and self._position == self._stop
-                failures = 0 if as_announced else 1 if progress >= BLOCK else failures + 1
+                failures = 0 if as_announced else 1 if progress >= PROGRESS else failures + 1
                 progress = 0
                 await self._resume(over, failures)
 
@@ -264,7 +262,7 @@ class HttpBody:
         return self._position >= goal if goal >= 0 else self._ended
 
     async def _next(self) -> tuple[bytes, str]:
-        """About a block, and why there is no more to come (empty while there is)."""
+        """A block, and why there is no more to come (empty while there is)."""
         parts: list[bytes] = []
         over = ""
         try:
@@ -285,9 +283,10 @@ class HttpBody:
         there."""
         assert self._response is not None
         size, began = 0, self._clock.monotonic()
-        while size < BLOCK and (size < _FEW or self._clock.monotonic() - began < MAX_GATHERING):
-            part = await self._response.content.read(BLOCK - size)
-            if not part:
+        while size < _WORTH and (not size or self._clock.monotonic() - began < _PATIENCE):
+            # Empty at the end of the body, and where only the end of a chunk has come (RFC 9112, 7.1).
+            part, chunk_ended = await self._response.content.readchunk()
+            if not part and not chunk_ended:
                 return
             parts.append(part)
             size += len(part)

@@ -1,9 +1,10 @@
 """The SQLite sink: a batch's rows, its position and the writer's token are one transaction.
 
 So a batch is in the table once, however often it is written, and a writer that was overtaken writes nothing.
-Beside the target stand three tables of flowlane's own, keyed by target and unit: ``_flowlane_fence`` with
-the highest token seen, ``_flowlane_position`` with where each split stands, and ``_flowlane_refused`` with
-the rows that were refused, which are told again to whoever repeats their batch.
+Beside the target stand four tables of flowlane's own, keyed by target and unit: ``_flowlane_fence`` with
+the highest token seen, ``_flowlane_position`` with where each split stands, ``_flowlane_refused`` with the
+rows that were refused, and ``_flowlane_changed`` with what was changed beyond rows: both are told again to
+whoever repeats their batch.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 
 from flowlane.connectors.database import Database
 from flowlane.connectors.table import Table
-from flowlane.errors import Fenced, Permanent, Superseded
+from flowlane.errors import Fenced, Permanent, Superseded, redact
 from flowlane.ports import Bad, Batch, Split, TableSpec, UnitRef
 from flowlane.state import Position
+
+T = TypeVar("T")
 
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS _flowlane_fence (
@@ -30,8 +33,12 @@ CREATE TABLE IF NOT EXISTS _flowlane_position (
     PRIMARY KEY (target, stream, split)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS _flowlane_refused (
     target TEXT, stream TEXT, split TEXT, row INTEGER, refused TEXT NOT NULL,
+    PRIMARY KEY (target, stream, split, row)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS _flowlane_changed (
+    target TEXT, stream TEXT, split TEXT, row INTEGER, changed TEXT NOT NULL,
     PRIMARY KEY (target, stream, split, row)) WITHOUT ROWID
 """
+_changed: Final = msgspec.json.Decoder(list[str])
 _refused: Final = msgspec.json.Decoder(list[Bad])
 
 
@@ -69,6 +76,7 @@ class TableWriter:
         self._target = (spec.name.lower(), unit.stream)
         self._place = (*self._target, split.id)
         self._position = Position()
+        self._changes: Sequence[str] = ()
 
     @property
     def position(self) -> Position:
@@ -85,14 +93,19 @@ class TableWriter:
         """See ``Writer.unfinished``: nothing is."""
         return "", ""
 
+    @property
+    def changes(self) -> Sequence[str]:
+        """See ``Writer.changes``: columns that were added, and the table if it was made."""
+        return self._changes
+
     async def write(self, batch: Batch) -> Sequence[Bad]:
         """See ``Writer.write``.
 
         Raises:
             Permanent: the batch does not follow what is in the table; or the table refuses its columns.
         """
-        position, refused = await self._database.run(lambda connection: self._write(connection, batch))
-        self._position = position
+        wrote = await self._database.run(lambda connection: self._write(connection, batch))
+        self._position, refused, self._changes = wrote
         return refused
 
     async def finish(self) -> None:
@@ -135,50 +148,59 @@ class TableWriter:
         if found is None:
             return Position(), False
         etag, token, done, *place = found
-        where = f"{self._target[0]}: {place[1]:,} rows of {self._split.url}"
+        where = f"{self._target[0]}: {place[1]:,} rows of {redact(self._split.url)}"
         if etag != self._split.etag:
             raise Superseded(f"{where} are in it, and it was replaced since")
         if not self._split.replayable and token != self._unit.token and not done:
             raise Permanent(f"{where} are in it, and it cannot be read in the same order twice")
         return Position(*place), bool(done)
 
-    def _write(self, connection: sqlite3.Connection, batch: Batch) -> tuple[Position, list[Bad]]:
+    def _write(self, connection: sqlite3.Connection, batch: Batch) -> tuple[Position, list[Bad], list[str]]:
         connection.execute("BEGIN IMMEDIATE")
         self._fence(connection)
         stands, done = self._standing(connection)
         if done or (batch.end.row <= stands.row and batch.end.offset <= stands.offset):
-            refused = self._told_before(connection, batch)
+            refused = self._told_before(connection, batch, "refused", _refused)
+            changes = self._told_before(connection, batch, "changed", _changed)
             connection.execute("ROLLBACK")
-            return stands, refused
+            return stands, refused, changes
         if batch.start != stands:
             raise Permanent(
-                f"{self._target[0]} has the rows of {self._split.url} up to {stands.row:,}, the batch begins "
-                f"at {batch.start.row:,}: the table was restored from a backup, or written to by others"
+                f"{self._target[0]} has the rows of {redact(self._split.url)} up to {stands.row:,}, the "
+                f"batch begins at {batch.start.row:,}: the table was restored from a backup, or written to "
+                "by others"
             )
         refused = self._table.write(connection, batch.records, batch.start.row)
-        self._keep(connection, batch, refused)
+        changes = self._table.changes
+        self._keep(connection, batch, refused, changes)
         connection.execute("COMMIT")
-        return batch.end, refused
+        return batch.end, refused, changes
 
-    def _keep(self, connection: sqlite3.Connection, batch: Batch, refused: list[Bad]) -> None:
+    def _keep(
+        self, connection: sqlite3.Connection, batch: Batch, refused: list[Bad], changes: list[str]
+    ) -> None:
         end = batch.end
         connection.execute(
             "INSERT OR REPLACE INTO _flowlane_position "
             "(target, stream, split, etag, token, offset, row, crc) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (*self._place, self._split.etag, self._unit.token, end.offset, end.row, end.crc),
         )
-        if refused:
-            connection.execute(
-                "INSERT INTO _flowlane_refused VALUES (?, ?, ?, ?, ?)",
-                (*self._place, batch.start.row, msgspec.json.encode(refused).decode()),
-            )
+        for what, told in (("refused", refused), ("changed", changes)):
+            if told:
+                connection.execute(
+                    f"INSERT INTO _flowlane_{what} VALUES (?, ?, ?, ?, ?)",  # noqa: S608 - one of two names
+                    (*self._place, batch.start.row, msgspec.json.encode(told).decode()),
+                )
 
-    def _told_before(self, connection: sqlite3.Connection, batch: Batch) -> list[Bad]:
+    def _told_before(
+        self, connection: sqlite3.Connection, batch: Batch, what: str, decoder: msgspec.json.Decoder[list[T]]
+    ) -> list[T]:
         found = connection.execute(
-            "SELECT refused FROM _flowlane_refused WHERE target = ? AND stream = ? AND split = ? AND row = ?",
+            f"SELECT {what} FROM _flowlane_{what} "  # noqa: S608 - one of two names
+            "WHERE target = ? AND stream = ? AND split = ? AND row = ?",
             (*self._place, batch.start.row),
         ).fetchone()
-        return _refused.decode(found[0]) if found else []
+        return decoder.decode(found[0]) if found else []
 
     def _finish(self, connection: sqlite3.Connection) -> None:
         connection.execute("BEGIN IMMEDIATE")

@@ -6,15 +6,16 @@ its block or has decoded ``_SLICE`` pieces: one hop for all of that. No more tha
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from hashlib import blake2b
 from typing import Final, Protocol, TypeVar
 
+from flowlane.blocks import gathered
 from flowlane.clock import Clock
 from flowlane.connectors.hop import hop
 from flowlane.errors import Damaged, Incomplete, Permanent, Superseded, redact
-from flowlane.ports import Batch, Body, Cut, ObjectInfo, Split, Store
+from flowlane.ports import Batch, Cut, ObjectInfo, Split, Store
 from flowlane.state import Position
 from flowlane.streams.csvrows import CsvRows
 from flowlane.streams.cutting import Chunk, Cutter
@@ -35,6 +36,9 @@ class Rows(Protocol):
 
     @property
     def skipping(self) -> bool: ...
+    @property
+    def ready(self) -> bool: ...
+    def jump(self) -> None: ...
     def feed(self, piece: bytes) -> Iterator[Chunk]: ...
     def close(self) -> Iterator[Chunk]: ...
 
@@ -72,7 +76,7 @@ class StoreSource:
                 raise Incomplete(f"there is no {redact(self._url)}")
             yield self._split(info)
             return
-        async with _pulled(self._store.list(self._url)) as found:
+        async with pulled(self._store.list(self._url)) as found:
             async for info in found:
                 yield self._split(info)
 
@@ -84,54 +88,69 @@ class StoreSource:
             Permanent: nothing would tell whether it is whole; or its header is none.
         """
         kind = kind_of(split.url, self._given)
-        with _told(split.url):
-            async with self._store.read(split.url, etag=split.etag) as body, _pulled(body) as blocks:
-                reading = _Reading(split, body, kind, self._form, position, cut)
-                async for block in blocks:
-                    found = reading.feed(block)
-                    while (batch := await hop(self._clock, next, found, _END)) is not _END:
-                        if isinstance(batch, Batch):
-                            yield batch
-                found = reading.close()
-                while (batch := await hop(self._clock, next, found, _END)) is not _END:
-                    if isinstance(batch, Batch):
+        with told(split.url):
+            async with (
+                self._store.read(split.url, etag=split.etag) as body,
+                aclosing(gathered(body, self._clock)) as lists,
+            ):
+                if not kind.packing and not body.proven_length and split.size < 0:
+                    raise Permanent("neither a length nor a checksum tells whether it is whole")
+                reading = Reading(decoder(f".{kind.packing}"), kind, self._form, position, cut)
+                async for blocks in lists:
+                    found = reading.feed(blocks)
+                    while batch := await following(self._clock, found):
                         yield batch
+                found = reading.close(split.size)
+                while batch := await following(self._clock, found):
+                    yield batch
+
+    async def prove(self, split: Split, position: Position) -> AsyncGenerator[int]:
+        """See ``Source.prove``: nothing, a body is proven while it is read."""
+        return
+        yield 0  # makes this a generator
 
     def _split(self, info: ObjectInfo) -> Split:
         kind_of(info.url, self._given)
         return Split(split_id(info.url), info.url, etag=info.etag, size=info.size, replayable=bool(info.etag))
 
 
-class _Reading:
-    """One object's way from blocks to batches; its methods are for a thread."""
+class Reading:
+    """One body's way from blocks to batches; its methods are for a thread."""
 
-    def __init__(
-        self, split: Split, body: Body, kind: Kind, form: CsvFormat, position: Position, cut: Cut
-    ) -> None:
-        if not kind.packing and not body.proven_length and split.size < 0:
-            raise Permanent("neither a length nor a checksum tells whether it is whole")
-        self._split = split
-        self._decoder: Decoder = decoder(f".{kind.packing}")
+    def __init__(self, decoder: Decoder, kind: Kind, form: CsvFormat, position: Position, cut: Cut) -> None:
+        self._decoder = decoder
         self._rows: Rows = CsvRows(form, position) if kind.rows == "csv" else JsonRows(position)
         self._cutter = Cutter(cut, position)
         self._read = 0  # bytes, as stored
         self._counted = 0  # of them, those in the sizes of batches
 
-    def feed(self, block: bytes) -> Iterator[Batch | None]:
-        """The batches that `block` completes; ``None`` now and then, to come up for air."""
-        self._read += len(block)
-        for number, piece in enumerate(self._decoder.feed(block), 1):
-            if self._rows.skipping:
-                self._counted = self._read
-            yield from self._batches(self._rows.feed(piece))
-            if number % _SLICE == 0:
-                yield None
+    @property
+    def ready(self) -> bool:
+        """Whether all was read that ``jump`` does not make superfluous: the header of a CSV."""
+        return self._rows.ready
 
-    def close(self) -> Iterator[Batch | None]:
-        """The last batches, once the end is proven."""
+    def jump(self) -> None:
+        """What the decoder gives next begins at the position to start from (see ``CsvRows.jump``)."""
+        self._rows.jump()
+
+    def feed(self, blocks: Sequence[bytes]) -> Iterator[Batch | None]:
+        """The batches that `blocks` complete; ``None`` now and then, to come up for air."""
+        pieces = 0
+        for block in blocks:
+            self._read += len(block)
+            for piece in self._decoder.feed(block):
+                if self._rows.skipping:
+                    self._counted = self._read
+                yield from self._batches(self._rows.feed(piece))
+                pieces += 1
+                if pieces % _SLICE == 0:
+                    yield None
+
+    def close(self, size: int = -1) -> Iterator[Batch | None]:
+        """The last batches, once the end is proven: by the decoder, and by the `size` as stored, if known."""
         self._decoder.close()
-        if 0 <= self._split.size != self._read:
-            raise Incomplete(f"{self._read:,} bytes came, it has {self._split.size:,}")
+        if 0 <= size != self._read:
+            raise Incomplete(f"{self._read:,} bytes came, it has {size:,}")
         yield from self._batches(self._rows.close())
         for batch in self._cutter.close():
             yield self._sized(batch)
@@ -146,6 +165,14 @@ class _Reading:
         return batch
 
 
+async def following(clock: Clock, found: Iterator[Batch | None]) -> Batch | None:
+    """The next batch of `found`, a hop off the loop for each step to it; ``None``: there is none."""
+    while (batch := await hop(clock, next, found, _END, waits=False)) is not _END:
+        if isinstance(batch, Batch):
+            return batch
+    return None
+
+
 def split_id(url: str) -> str:
     """What names the split without giving away what a query may hold."""
     query = url.partition("?")[2]
@@ -153,18 +180,18 @@ def split_id(url: str) -> str:
 
 
 @asynccontextmanager
-async def _pulled(some: AsyncIterable[T]) -> AsyncIterator[AsyncIterator[T]]:
+async def pulled(some: AsyncIterable[T]) -> AsyncIterator[AsyncIterator[T]]:
     """`some`, iterated, and closed when whoever pulls has stopped pulling."""
-    pulled = aiter(some)
+    iterator = aiter(some)
     try:
-        yield pulled
+        yield iterator
     finally:
-        if isinstance(pulled, AsyncGenerator):
-            await pulled.aclose()
+        if isinstance(iterator, AsyncGenerator):
+            await iterator.aclose()
 
 
 @contextmanager
-def _told(url: str) -> Iterator[None]:
+def told(url: str) -> Iterator[None]:
     """Says of which object the decoders and parsers speak, who do not know it."""
     where = redact(url)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from flowlane.connectors.reading import StoreSource
 from flowlane.connectors.writing import StoreSink
@@ -12,6 +12,10 @@ from flowlane.errors import ConfigError, redact
 from flowlane.ports import Environment
 from flowlane.streams.dialect import CsvFormat
 from flowlane.streams.kinds import kind_of
+
+if TYPE_CHECKING:
+    from flowlane.connectors.members import MemberSource
+    from flowlane.streams.zip.entry import Entry, ZipLimits
 
 Schema = Literal["evolve", "freeze", "quarantine"]
 
@@ -35,14 +39,26 @@ async def open_source(
     columns: str | Sequence[str] | None = None,
     encoding: str | None = None,
     null: str | None = None,
-) -> AsyncIterator[StoreSource]:
-    """The rows of the objects at `uri`, a URL or (where the store can list) a pattern.
+    member: str | None = None,
+    entry: Entry | int | str | None = None,
+    etag: str | None = None,
+    verify: str | None = None,
+    password: str | None = None,
+    limits: ZipLimits | None = None,
+) -> AsyncIterator[StoreSource | MemberSource]:
+    """The rows of the objects at `uri`, a URL or (where the store can list) a pattern; with ``member`` (a
+    name) or ``entry`` (an ``Entry``, an index or a name), of that one member of the ZIP archive at `uri`.
 
     What rows are in an object is said by its suffixes, or by ``format`` (``csv.gz``). ``csv`` is the dialect;
     the other options change it one by one, so that they can stand in a query: ``?delimiter=tab&header=no``.
 
+    Of a member: ``etag`` pins the archive; ``verify="content"`` proves it before its first row goes out,
+    ``"stream"`` while it is read; ``password`` (a secret reference) decrypts it; ``limits`` are those that it
+    is refused by, and what all open members of this process may hold.
+
     Raises:
         ConfigError: an option is wrong, or the name does not say what rows are in it.
+        Refused, Permanent, Damaged: as for ``open_member``, and of the archive as for ``Context.archive``.
     """
     changes = {
         "delimiter": delimiter,
@@ -53,10 +69,27 @@ async def open_source(
         "encoding": encoding,
         "null": null,
     }
-    source = StoreSource(
-        await environment.connections.store(uri), environment.clock, uri, _dialect(csv, changes), format
+    form = _dialect(csv, changes)
+    wanted = member if entry is None else entry
+    if wanted is None:
+        _refuse_of_members(etag=etag, verify=verify, password=password, limits=limits)
+        yield StoreSource(await environment.connections.store(uri), environment.clock, uri, form, format)
+        return
+    if member is not None and entry is not None:
+        raise ConfigError(f"{redact(uri)}: member= and entry= are two ways to name one: give one of them")
+    from flowlane.connectors.members import open_member  # loaded by those who need it
+
+    yield await open_member(
+        uri,
+        environment,
+        wanted,
+        etag=etag or "",
+        verify="content" if verify is None else verify,
+        password=password,
+        limits=limits,
+        format=format,
+        form=form,
     )
-    yield source
 
 
 @asynccontextmanager
@@ -82,6 +115,12 @@ async def open_sink(
     form = _dialect(csv, {})
     store = await environment.connections.store(uri)
     yield StoreSink(store, environment.clock, uri, kind, form, schema)
+
+
+def _refuse_of_members(**options: object) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(f"{name}= is about one member of an archive: name it by member= or entry=")
 
 
 def _dialect(csv: CsvFormat | None, changes: Mapping[str, Any]) -> CsvFormat:

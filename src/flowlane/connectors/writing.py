@@ -12,12 +12,14 @@ import csv
 import re
 import zlib
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from hashlib import blake2b
+from itertools import chain
 from typing import Any, Final, Literal
 
 import msgspec
 
+from flowlane.blocks import gathered
 from flowlane.clock import Clock
 from flowlane.connectors.hop import hop
 from flowlane.errors import Damaged, Fenced, Incomplete, Permanent, redact
@@ -124,6 +126,11 @@ class ObjectWriter:
     def unfinished(self) -> tuple[str, str]:
         """See ``Writer.unfinished``."""
         return self._url, self._safe.upload
+
+    @property
+    def changes(self) -> Sequence[str]:
+        """See ``Writer.changes``: an object has none."""
+        return ()
 
     async def begin(self, stack: AsyncExitStack, owner: str, resume: str) -> None:
         """Take over what `resume` names, if it is still there."""
@@ -295,9 +302,12 @@ class ObjectWriter:
             return None
         digest = _Digest(self._kind, raw, crc)
         try:
-            async with self._store.read(self._url) as body:
-                async for block in body:
-                    await hop(self._clock, digest.feed, block)
+            async with (
+                self._store.read(self._url) as body,
+                aclosing(gathered(body, self._clock)) as lists,
+            ):
+                async for blocks in lists:
+                    await hop(self._clock, digest.feed, blocks)
         except Damaged:
             return None
         return (digest.size, digest.crc) if digest.begins else None
@@ -312,9 +322,9 @@ class _Digest:
         self.size = self.crc = 0
         self.begins = not raw  #: with the `raw` bytes expected
 
-    def feed(self, block: bytes) -> None:
-        """Follow the object through `block`."""
-        for piece in self._decoder.feed(block):
+    def feed(self, blocks: Sequence[bytes]) -> None:
+        """Follow the object through `blocks`."""
+        for piece in chain.from_iterable(map(self._decoder.feed, blocks)):
             left = self._raw - self.size
             if 0 < left <= len(piece):
                 self.begins = zlib.crc32(piece[:left], self.crc) == self._expected

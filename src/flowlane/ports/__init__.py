@@ -15,6 +15,8 @@ from flowlane.ports.log import (
     Commit,
     Committed,
     Delivery,
+    Deployable,
+    Deployment,
     Index,
     Patience,
     Publish,
@@ -35,10 +37,11 @@ from flowlane.ports.records import (
     Writer,
 )
 from flowlane.ports.services import Connections, Environment, Notifier, Secrets
-from flowlane.ports.storage import Body, ObjectInfo, Store, Upload
+from flowlane.ports.storage import Archive, Body, ObjectInfo, Store, Upload
 
 __all__ = [
     "Append",
+    "Archive",
     "Backend",
     "Bad",
     "Batch",
@@ -53,6 +56,8 @@ __all__ = [
     "Cut",
     "Database",
     "Delivery",
+    "Deployable",
+    "Deployment",
     "Enricher",
     "Environment",
     "Index",

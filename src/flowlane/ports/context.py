@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from flowlane.ports.records import Record
-from flowlane.ports.storage import ObjectInfo
+from flowlane.ports.storage import Archive, ObjectInfo
 from flowlane.state import Counts
+from flowlane.streams.zip.entry import ZipLimits
 
 if TYPE_CHECKING:
-    from flowlane.lane import Fact
+    from flowlane.lane import Fact, Unit
 
 
 F = TypeVar("F", bound="Fact")
+R = TypeVar("R")
 Mapper = Callable[[Record], "Record | list[Record] | None"]
 Enricher = Callable[[list[Record]], Awaitable[list[Record]]]
 
@@ -65,6 +68,38 @@ class Context(Protocol):
 
     async def recall(self, fact: type[F], **key: Any) -> F | None:
         """The last fact of its stream; yielding a newer one is refused if another one came in between."""
+        ...
+
+    def archive(
+        self, url: str, *, etag: str = "", limits: ZipLimits | None = None, password: str | None = None
+    ) -> AbstractAsyncContextManager[Archive]:
+        """The ZIP archive at `url`: its directory is read on entering, by two ranged reads at most.
+
+        `password` is that of encrypted members: a secret reference. `limits`: ``ZipLimits()`` by default.
+
+        Raises (on entering):
+            Damaged: it is no zip, it is cut, or its directory contradicts itself.
+            Refused: it is beyond `limits`.
+            Superseded: `etag` was given and the object has another one now.
+            Incomplete: there is no such object.
+        """
+        ...
+
+    async def known(self, units: Sequence[Unit]) -> Sequence[bool]:
+        """For each of `units`, some hundred at most, whether the log knows it: it need not be yielded.
+
+        One that is not known may be by the time that it is yielded; it is registered once all the same.
+        """
+        ...
+
+    async def offload(self, function: Callable[..., R], *args: Any) -> R:
+        """``function(*args)``, which computes for long and has no effects, off the loop."""
+        ...
+
+    def turn(self, name: str, most: int) -> AbstractAsyncContextManager[None]:
+        """Wait until fewer than `most` units of this lane have a turn of that name in this process, and have
+        one. In order of asking; the time it takes is not held against the stage's timeout, nor is an end of
+        the process that comes in between against the unit. Ask before the first effect."""
         ...
 
     def rows(self, url: str, **options: Any) -> Rows:

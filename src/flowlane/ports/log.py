@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import msgspec
 
@@ -109,13 +109,40 @@ Patience = Callable[[Event], float]
 class QueueSpec(msgspec.Struct, frozen=True):
     """A stage's queue as it is wanted: ``name`` is what ``Publish.stage`` says; ``lease`` and ``timeout`` are
     the stage's, in seconds; ``ordered`` if it keeps the order within groups; ``retries`` are what the log
-    allows a unit, so a queue that gives messages up must deliver them more often than that."""
+    allows a unit, so a queue that gives messages up must deliver them more often than that; ``concurrency``
+    are the deliveries that one process handles at once."""
 
     name: str
     lease: float
     timeout: float
     ordered: bool = False
     retries: int = 5
+    concurrency: int = 8
+
+
+class Deployment(msgspec.Struct, frozen=True):
+    """A lane as it is to be deployed: its name, the reference by which its code is found where it is, the
+    seconds between its runs (0: it has no schedule), its queues, and the names of environment variables that
+    its code reads."""
+
+    lane: str
+    reference: str
+    every: float
+    queues: Sequence[QueueSpec]
+    variables: Sequence[str] = ()
+
+
+@runtime_checkable
+class Deployable(Protocol):
+    """What a backend offers besides, if something else can make what ``Backend.create`` makes."""
+
+    def template(self, deployment: Deployment) -> Mapping[str, Any]:
+        """What that something else is to be given, as JSON. Nothing is asked for or made.
+
+        Raises:
+            ConfigError: it cannot be made as the lane wants it.
+        """
+        ...
 
 
 class Backend(Protocol):

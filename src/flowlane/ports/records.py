@@ -31,6 +31,7 @@ class Split(msgspec.Struct, frozen=True):
     replayable: bool = True
     first: str = ""
     last: str = ""
+    member: str = ""  #: of an archive at ``url``: the name, for people
 
 
 class Cut(msgspec.Struct, frozen=True):
@@ -80,9 +81,22 @@ class Source(Protocol):
         """
         ...
 
+    def prove(self, split: Split, position: Position) -> AsyncGenerator[int]:
+        """Go through what of `split` can be proven whole before a record of it is read from `position` on,
+        and say now and then, while there is more to go through, how many bytes that was. A source that has
+        nothing to prove, or proves it at once, says nothing.
+
+        Raises:
+            Incomplete, Permanent, Superseded: as for ``read``.
+        """
+        ...
+
 
 class UnitRef(msgspec.Struct, frozen=True):
-    """Who writes: the unit's stream, its generation among units of one target, the attempt's token."""
+    """Who writes: the unit's stream, its generation among units of one target, the attempt's token.
+
+    Of rows that share a key the one of the latest generation stays, whole, in whatever order units write.
+    """
 
     stream: str
     token: int
@@ -90,12 +104,18 @@ class UnitRef(msgspec.Struct, frozen=True):
 
 
 class TableSpec(msgspec.Struct, frozen=True):
-    """The table wanted: its name, key columns, and how rows meet what is there."""
+    """The table wanted: its name, key columns, and how rows meet what is there.
+
+    ``types``: of columns whose type is known, the keys' above all, in DynamoDB's words: ``S`` (text), ``N``
+    (number) or ``B`` (bytes). A sink that makes the table declares them so. What a sink is opened with says
+    the same by options in its URI, or by this under the option ``into``.
+    """
 
     name: str
     key: tuple[str, ...] = ()
     mode: Literal["append", "upsert"] = "append"
     schema: Literal["evolve", "freeze", "quarantine"] = "evolve"
+    types: tuple[tuple[str, Literal["S", "N", "B"]], ...] = ()
 
 
 class Writer(Protocol):
@@ -118,6 +138,12 @@ class Writer(Protocol):
         """The URL of the object in a store that is being written, and what names its unfinished upload (empty
         while there is none): for ``Store.discard``, should nobody go on with it. Two empty texts where a sink
         leaves nothing behind."""
+        ...
+
+    @property
+    def changes(self) -> Sequence[str]:
+        """What the last ``write`` changed of the target beyond rows (a column added, a table made), as texts
+        fit for the log; the same ones when that batch is written again. Empty for most."""
         ...
 
     async def write(self, batch: Batch) -> Sequence[Bad]:

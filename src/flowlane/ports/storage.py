@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 import msgspec
+
+from flowlane.errors import Damaged, Refused
+from flowlane.streams.zip.entry import Entry
 
 
 class ObjectInfo(msgspec.Struct, frozen=True):
@@ -137,5 +140,52 @@ class Store(Protocol):
         Raises:
             Permanent: `upload` names none to `url`; or the store cannot be written.
             Retryable: the store did not answer.
+        """
+        ...
+
+
+class Archive(Protocol):
+    """A ZIP archive: what its directory says, and its small members."""
+
+    @property
+    def info(self) -> ObjectInfo:
+        """The object that it is; what is read of it is of this version."""
+        ...
+
+    @property
+    def entries(self) -> Sequence[Entry]:
+        """All entries in the directory's order, those that are not read among them; an entry's place is its
+        ``index``. Names are data, and may repeat."""
+        ...
+
+    def refuse(self, entry: Entry) -> None:
+        """Returns if `entry` may be read with the limits and the password given.
+
+        Raises:
+            Refused: it may not; the message says why.
+        """
+        ...
+
+    async def read(self, entry: Entry, *, limit: int = 1 << 20) -> bytes:
+        """The content of a small member, proven by size and CRC.
+
+        Raises:
+            Refused: as ``refuse``; it has more than `limit` bytes; or its password is wrong.
+            Damaged: its bytes are not what the directory says.
+            Superseded: the object was replaced meanwhile.
+            Retryable, Permanent: as ``Store.read``.
+        """
+        ...
+
+    def read_all(
+        self, entries: Iterable[Entry], *, limit: int = 1 << 20
+    ) -> AsyncIterator[tuple[Entry, bytes | Damaged | Refused]]:
+        """Each of `entries` once, with what ``read`` returns of it, or with the error that it raises for that
+        one member, which spoils no other. Those that lie close together come by one request, and no more are
+        held at a time than have some MiB together.
+
+        Raises (while iterating):
+            Superseded: the object was replaced meanwhile.
+            Retryable, Permanent: as ``Store.read``.
         """
         ...

@@ -75,6 +75,16 @@ class CsvRows:
         """The columns' names, once the header was read."""
         return self._columns
 
+    @property
+    def ready(self) -> bool:
+        """Whether the beginning, which a position behind it may be gone on from by ``jump``, was read."""
+        return self._prologue is None
+
+    def jump(self) -> None:
+        """What is fed next begins at the position to start from: what is before it was not fed, and whoever
+        feeds answers for it. Only once ``ready`` and while ``skipping``."""
+        self._skip = Skip(Position())
+
     def feed(self, piece: bytes) -> Iterator[Chunk]:
         """The rows that `piece` completes, and the bytes before them; use them up before the next piece.
 

@@ -36,6 +36,15 @@ class JsonRows:
         """Whether the position to start from is still ahead."""
         return self._skip.active
 
+    @property
+    def ready(self) -> bool:
+        """As ``CsvRows.ready``: there is no header to read."""
+        return True
+
+    def jump(self) -> None:
+        """As ``CsvRows.jump``."""
+        self._skip = Skip(Position())
+
     def feed(self, piece: bytes) -> Iterator[Chunk]:
         """The rows that `piece` completes; use them up before the next piece.
 

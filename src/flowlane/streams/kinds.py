@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, get_args
 from urllib.parse import urlsplit
 
 from flowlane.errors import ConfigError, redact
@@ -23,6 +23,12 @@ class Kind(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.rows}.{self.packing}" if self.packing else self.rows
+
+
+#: Each once, however many names say it.
+_KINDS: Final = {
+    (rows, packing): Kind(rows, packing) for rows in get_args(Rows) for packing in get_args(Packing)
+}
 
 
 def kind_of(url: str, given: str = "") -> Kind:
@@ -57,7 +63,7 @@ def parse_kind(name: str) -> Kind | None:
     if packing:
         _, _, suffix = head.rpartition(".") if "." in head else ("", "", "")
     rows = _ROWS.get(suffix) if "." in name else None
-    return Kind(rows, packing) if rows else None
+    return _KINDS[rows, packing] if rows else None
 
 
 def stem_of(url: str) -> str:

@@ -48,6 +48,7 @@ from flowlane.ports import (
     Source,
     Split,
     Store,
+    TableSpec,
     UnitRef,
     Upload,
     Writer,
@@ -271,9 +272,9 @@ class Process:
         """The world's source, through this process's faults."""
         return FaultySource(self, self._world.source(uri, options))
 
-    def sink(self, uri: str) -> Sink:
+    def sink(self, uri: str, into: TableSpec | None = None) -> Sink:
         """The world's sink, through this process's faults."""
-        return FaultySink(self, self._world.sink(uri))
+        return FaultySink(self, self._world.sink(uri, into))
 
 
 # --------------------------------------------------------------------------- log and queue
@@ -558,6 +559,15 @@ class FaultySource:
                     return
                 yield batch
 
+    async def prove(self, split: Split, position: Position) -> AsyncGenerator[int]:
+        """See ``Source.prove``."""
+        async with aclosing(self._source.prove(split, position)) as proving:
+            while True:
+                passed: int | None = await self._process.call("source.prove", lambda: _next(proving))
+                if passed is None:
+                    return
+                yield passed
+
 
 class FaultyWriter:
     """See ``ports.Writer``."""
@@ -580,6 +590,11 @@ class FaultyWriter:
     def unfinished(self) -> tuple[str, str]:
         """See ``Writer.unfinished``."""
         return self._writer.unfinished
+
+    @property
+    def changes(self) -> Sequence[str]:
+        """See ``Writer.changes``."""
+        return self._writer.changes
 
     async def write(self, batch: Batch) -> Sequence[Bad]:
         """See ``Writer.write``."""

@@ -256,6 +256,18 @@ class KeyedSuite(SinkSuite):
         await self.load(sink, cut_up(newest, 4), self.by(1, "lane/unit/newest", 8))
         await self.check([*newest, *newer[1:], *older[10:]])
 
+    @pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+    async def test_a_later_generation_replaces_a_record_whole(
+        self, sink: Sink, order: tuple[int, int]
+    ) -> None:
+        """What is left of a key does not depend on which of two units came first."""
+        written: dict[int, Record] = {1: {"id": 1, "text": "a", "part": 1}, 2: {"id": 1, "text": "b"}}
+        for generation in order:
+            unit = self.by(1, f"lane/unit/{generation}", generation)
+            await self.load(sink, cut_up([{"id": 2, "text": "", "part": 2}], 1), unit, name="others")
+            await self.load(sink, cut_up([written[generation]], 1), unit)
+        await self.check([{"id": 1, "text": "b", "part": None}, {"id": 2, "text": "", "part": 2}])
+
     async def test_a_record_without_its_key_is_refused(self, sink: Sink) -> None:
         batch = cut_up([{"id": 1, "text": "a"}, {"text": "b"}, {"id": None, "text": "c"}], 10)[0]
         async with sink.open(split(), self.by(1), "") as writer:

@@ -106,6 +106,24 @@ class SourceSuite:
                 with pytest.raises(Superseded):
                     await read(source, split, self.cuts[1], Position(1 << 50, 1 << 30, 1))
 
+    async def test_a_proof_goes_forward_and_changes_nothing_that_is_read(self, source: Source) -> None:
+        for split in await splits_of(source):
+            whole = await read(source, split, Cut(3))
+            for batch in [None, *whole[:5]]:
+                at = batch.end if batch and split.replayable else Position()
+                async with aclosing(source.prove(split, at)) as proving:
+                    passed = [count async for count in proving]
+                assert passed == sorted(set(passed))
+                rest = [later for later in whole if later.start.row >= at.row]
+                assert plain(await read(source, split, Cut(3), at)) == plain(rest)
+
+    async def test_a_proof_may_be_left_at_any_time(self, source: Source) -> None:
+        for split in await splits_of(source):
+            whole = plain(await read(source, split, Cut(3)))
+            async with aclosing(source.prove(split, Position())) as proving:
+                await anext(proving, None)
+            assert plain(await read(source, split, Cut(3))) == whole
+
     async def test_a_read_may_be_left_at_any_time(self, source: Source) -> None:
         split = (await splits_of(source))[0]
         whole = plain(await read(source, split, Cut(1)))

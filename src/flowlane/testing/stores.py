@@ -26,7 +26,7 @@ import msgspec
 from flowlane.clock import Clock
 from flowlane.errors import ConfigError, Fenced, Incomplete, Permanent, Retryable, Superseded
 from flowlane.hookspecs import Provides, hookimpl
-from flowlane.ports import Body, Environment, ObjectInfo, Sink, Source, Store, Upload
+from flowlane.ports import Body, Environment, ObjectInfo, Sink, Source, Store, TableSpec, Upload
 from flowlane.testing.tables import Tables
 
 #: Bodies come in blocks of this many bytes, so that a small object takes several.
@@ -56,19 +56,26 @@ class _MemoryBody:
     proven_length = True
 
     def __init__(
-        self, info: ObjectInfo, data: bytes, ends: Exception | None, pause: float, clock: Clock | None
+        self,
+        info: ObjectInfo,
+        data: bytes,
+        ends: Exception | None,
+        pause: float,
+        clock: Clock | None,
+        block: int = 0,
     ) -> None:
         self.info = info
         self._data = data
         self._ends = ends
         self._pause = pause
         self._clock = clock
+        self._block = block or BLOCK
 
     async def __aiter__(self) -> AsyncGenerator[bytes]:
-        for at in range(0, len(self._data), BLOCK):
+        for at in range(0, len(self._data), self._block):
             if self._pause and self._clock is not None:
                 await self._clock.sleep(self._pause)
-            yield self._data[at : at + BLOCK]
+            yield self._data[at : at + self._block]
         if self._ends is not None:
             raise self._ends
 
@@ -222,6 +229,7 @@ class Page(msgspec.Struct, kw_only=True):
     cuts: int = 0
     breaks: int = 0
     pause: float = 0.0  #: seconds before each block
+    block: int = 0  #: bytes in a block; ``BLOCK`` unless it says otherwise
     changes: float = float("inf")
     then: bytes = b""
     tagless: bool = False  #: it has no ETag
@@ -295,7 +303,8 @@ class Web:
             page.breaks -= 1
             asked = asked[: len(asked) // 2]
             ends = Incomplete(f"{url}: the connection broke")
-        yield _MemoryBody(info, asked, ends, 0.0 if self.calm else page.pause, self._clock)
+        pause = 0.0 if self.calm else page.pause
+        yield _MemoryBody(info, asked, ends, pause, self._clock, page.block)
 
     def upload(
         self, url: str, *, owner: str, resume: str = "", position: int = 0, overwrite: bool = False
@@ -327,7 +336,7 @@ class Ports(Protocol):
 
     def store(self, scheme: str) -> Store: ...
     def source(self, uri: str, options: Mapping[str, Any]) -> Source: ...
-    def sink(self, uri: str) -> Sink: ...
+    def sink(self, uri: str, into: TableSpec | None = None) -> Sink: ...
 
 
 class World:
@@ -347,9 +356,9 @@ class World:
         """The records at `uri`."""
         return self.tables.source(uri)
 
-    def sink(self, uri: str) -> Sink:
-        """The table at `uri`."""
-        return self.tables.sink(uri)
+    def sink(self, uri: str, into: TableSpec | None = None) -> Sink:
+        """The table at `uri`, or the one that `into` names there."""
+        return self.tables.sink(uri, into)
 
 
 _PORTS: ContextVar[Ports] = ContextVar("flowlane_testing_ports")
@@ -375,6 +384,7 @@ def flowlane_provides() -> Sequence[Provides]:
     return [
         Provides("store", "web", f"{here}:open_store"),
         Provides("store", "lake", f"{here}:open_store"),
+        *(Provides("source", name, "flowlane.connectors.records:open_source") for name in ("web", "lake")),
         Provides("source", "rows", f"{here}:open_source"),
         Provides("sink", "table", f"{here}:open_sink"),
     ]
@@ -397,6 +407,8 @@ async def open_source(uri: str, environment: Environment) -> AsyncIterator[Sourc
 
 
 @asynccontextmanager
-async def open_sink(uri: str, environment: Environment, *, schema: str = "evolve") -> AsyncIterator[Sink]:
-    """The table at `uri` in the world in use."""
-    yield _PORTS.get().sink(uri)
+async def open_sink(
+    uri: str, environment: Environment, *, schema: str = "evolve", into: TableSpec | None = None
+) -> AsyncIterator[Sink]:
+    """The table at `uri` in the world in use, or the one that `into` names there."""
+    yield _PORTS.get().sink(uri, into)

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from flowlane.errors import Fenced, Permanent, Superseded
-from flowlane.ports import Bad, Batch, Cut, Record, Sink, Source, Split, UnitRef, Writer
+from flowlane.ports import Bad, Batch, Cut, Record, Sink, Source, Split, TableSpec, UnitRef, Writer
 from flowlane.state import Position
 
 
@@ -40,6 +40,21 @@ class Table:
         self.rows: list[Record] = []
         self.writes: list[Write] = []
         self.stands: dict[tuple[str, str], _Stand] = {}
+        self._places: dict[tuple[Any, ...], int] = {}  # in `rows`, by key
+        self._generations: dict[tuple[Any, ...], int] = {}
+
+    def upsert(self, key: tuple[Any, ...], record: Record, generation: int) -> None:
+        """`record` changes the row of that key, or is one, unless a later generation has written it; it
+        replaces one of an earlier generation."""
+        known = self._generations.setdefault(key, generation)
+        if key not in self._places:
+            self._places[key] = len(self.rows)
+            self.rows.append({})
+        if generation < known:
+            return
+        place = self._places[key]
+        self.rows[place] = self.rows[place] | record if generation == known else dict(record)
+        self._generations[key] = generation
 
 
 class Tables:
@@ -57,9 +72,10 @@ class Tables:
         """The records at `uri`."""
         return RecordSource(self, uri)
 
-    def sink(self, uri: str) -> Sink:
-        """The table at `uri`."""
-        return TableSink(self.tables.setdefault(uri, Table()))
+    def sink(self, uri: str, into: TableSpec | None = None) -> Sink:
+        """The table at `uri`; or the one below it that `into` names, whose rows are upserted by its key."""
+        name = f"{uri}{into.name}" if into else uri
+        return TableSink(self.tables.setdefault(name, Table()), into.key if into else ())
 
 
 class RecordSource:
@@ -105,12 +121,18 @@ class RecordSource:
             crc = following.crc
             at = end
 
+    async def prove(self, split: Split, position: Position) -> AsyncGenerator[int]:
+        """See ``Source.prove``: nothing."""
+        return
+        yield 0  # makes this a generator
+
 
 class TableSink:
     """See ``ports.Sink``: transactional, fenced by token, positions compared and set."""
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: Table, key: tuple[str, ...] = ()) -> None:
         self._table = table
+        self._key = key
 
     @asynccontextmanager
     async def open(self, split: Split, unit: UnitRef, resume: str = "") -> AsyncIterator[Writer]:
@@ -119,14 +141,17 @@ class TableSink:
         if unit.token < stand.token:
             raise Fenced(f"{unit.stream}: token {unit.token} is older than {stand.token}")
         stand.token = unit.token
-        yield TableWriter(self._table, stand, split, unit)
+        yield TableWriter(self._table, stand, split, unit, self._key)
 
 
 class TableWriter:
-    """See ``ports.Writer``. Records with a true field ``refuse`` are refused."""
+    """See ``ports.Writer``. Records with a true field ``refuse`` are refused, and those without a key."""
 
-    def __init__(self, table: Table, stand: _Stand, split: Split, unit: UnitRef) -> None:
+    def __init__(
+        self, table: Table, stand: _Stand, split: Split, unit: UnitRef, key: tuple[str, ...] = ()
+    ) -> None:
         self._table = table
+        self._key = key
         self._stand = stand
         self._split = split
         self._unit = unit
@@ -146,6 +171,11 @@ class TableWriter:
         """See ``Writer.unfinished``: nothing is."""
         return "", ""
 
+    @property
+    def changes(self) -> Sequence[str]:
+        """See ``Writer.changes``: none."""
+        return ()
+
     async def write(self, batch: Batch) -> Sequence[Bad]:
         """See ``Writer.write``."""
         stand = self._stand
@@ -155,14 +185,26 @@ class TableWriter:
             return stand.refused.get(batch.start.row, ())
         if batch.start.row != stand.position.row:
             raise Fenced(f"{self._unit.stream}: {stand.position} is not where {batch.start} begins")
-        refused = [Bad(batch.start.row, "refused", str(r)) for r in batch.records if r.get("refuse")]
-        self._table.rows += [r for r in batch.records if not r.get("refuse")]
+        refused = [
+            Bad(batch.start.row + n, "refused", str(r))
+            for n, r in enumerate(batch.records)
+            if r.get("refuse") or any(r.get(name) is None for name in self._key)
+        ]
+        self._keep(batch, {found.row - batch.start.row for found in refused})
         stand.position = batch.end
         stand.refused = {**stand.refused, batch.start.row: refused}
         self._table.writes.append(
             Write(self._unit.stream, self._split.id, self._unit.token, batch.start.row, batch.end.row)
         )
         return refused
+
+    def _keep(self, batch: Batch, refused: set[int]) -> None:
+        kept = [record for n, record in enumerate(batch.records) if n not in refused]
+        if not self._key:
+            self._table.rows += kept
+        for record in kept if self._key else ():
+            key = tuple(record[name] for name in self._key)
+            self._table.upsert(key, record, self._unit.generation)
 
     async def finish(self) -> None:
         """Nothing is left to do: every batch is visible."""

@@ -23,6 +23,7 @@ from flowlane.ports import (
     Commit,
     Committed,
     Delivery,
+    Deployment,
     Environment,
     Index,
     Patience,
@@ -32,14 +33,16 @@ from flowlane.ports import (
 from flowlane.state import RunTally
 from flowlane_aws.bounded import all_of, each, owned_tasks
 from flowlane_aws.clients import open_client
+from flowlane_aws.deploy import template
 from flowlane_aws.kinesis import KinesisChannel
 from flowlane_aws.lazy import LazyClient
 from flowlane_aws.log.commits import Draft, is_timer
 from flowlane_aws.log.log import Log
 from flowlane_aws.log.making import create
+from flowlane_aws.log.table import HOT as REQUESTS
 from flowlane_aws.log.table import Table
 from flowlane_aws.names import Names, checked
-from flowlane_aws.queue.queue import Queues
+from flowlane_aws.queue.queue import HOT, Queues
 from flowlane_aws.queue.receiving import Received
 
 logger = logging.getLogger("flowlane")
@@ -77,8 +80,15 @@ class AwsBackend:
     exact_queue = False  # see ``ports.Backend``
 
     def __init__(
-        self, log: Log, table: Table, queues: Queues, channels: Channels, tasks: asyncio.TaskGroup
+        self,
+        names: Names,
+        log: Log,
+        table: Table,
+        queues: Queues,
+        channels: Channels,
+        tasks: asyncio.TaskGroup,
     ) -> None:
+        self._names = names
         self._log = log
         self._table = table
         self.queues = queues
@@ -252,6 +262,10 @@ class AwsBackend:
         made = [self._table.name] if await create(self._table) else []
         return [*made, *await self.queues.create(queues)]
 
+    def template(self, deployment: Deployment) -> Mapping[str, Any]:
+        """See ``ports.Deployable``: a CloudFormation template."""
+        return template(self._names, deployment)
+
     async def purge(self) -> None:
         await self.queues.purge()
 
@@ -339,12 +353,12 @@ async def open_backend(
             opening = partial(open_client, service, region=region, endpoint=endpoint, **settings)
             return LazyClient(opening, stack, tasks)
 
-        log_table = Table(client("dynamodb", read_timeout=5.0), names.log, clock, names.uri)
+        log_table = Table(client("dynamodb", read_timeout=5.0, brisk=REQUESTS), names.log, clock, names.uri)
         log = Log(log_table, clock)
 
         async def resolve(reference: Reference) -> Event | None:
             return await log.event(reference.stream, reference.version)
 
-        queues = Queues(client("sqs"), names, clock, resolve, tasks)
+        queues = Queues(client("sqs", brisk=HOT), names, clock, resolve, tasks)
         channels = Channels(names, client("kinesis"), environment)
-        yield AwsBackend(log, log_table, queues, channels, tasks)
+        yield AwsBackend(names, log, log_table, queues, channels, tasks)

@@ -26,6 +26,8 @@ from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     ConfigParseError,
+    EndpointProviderError,
+    EndpointVariantError,
     HTTPClientError,
     NoCredentialsError,
     NoRegionError,
@@ -40,10 +42,10 @@ from botocore.parsers import DEFAULT_TIMESTAMP_PARSER
 
 from flowlane.errors import ConfigError, FlowlaneError, Permanent, Retryable
 from flowlane.veil import conceal, remember
+from flowlane_aws.brisk import PIECE, BriskClient
 
 #: Seconds for one call, all of its tries included, unless the caller says otherwise.
 PATIENCE: Final = 30.0
-_PIECE: Final = 256 << 10
 
 _THROTTLED = frozenset(
     {
@@ -100,6 +102,11 @@ _REFUSED = frozenset(
     }
 )
 _UNSIGNED = frozenset({"InvalidSignatureException", "SignatureDoesNotMatch"})
+#: What is said, in code or message, where a request came later, or earlier, than it was signed for: it waited
+#: in a process that was frozen or asleep, or the clock is off.
+_UNTIMELY = ("RequestTimeTooSkewed", "RequestInTheFuture", "Signature expired", "Signature not yet current")
+#: The SDK's own errors that tell of wrong settings.
+_WRONG = (ValueError, ProfileNotFound, ConfigParseError, EndpointProviderError, EndpointVariantError)
 _MISSING = frozenset(
     {
         "AWS.SimpleQueueService.NonExistentQueue",
@@ -125,12 +132,14 @@ async def open_client(
     read_timeout: float = 25.0,
     checksums: bool = False,
     attempts: int = 3,
+    brisk: Collection[str] = (),
 ) -> AsyncIterator[Any]:
     """The SDK's client of `service`, for as long as the context is open.
 
     Region, endpoint and credentials are the SDK's own settings (``AWS_REGION``, ``AWS_ENDPOINT_URL``,
     profiles, roles) where they are not given; credentials refresh themselves. `checksums`: have S3 objects
-    carry those that the SDK computes by default. `attempts`: of one call; 1 where callers repeat it.
+    carry those that the SDK computes by default. `attempts`: of one call; 1 where callers repeat it. `brisk`:
+    the operations that are worth the short way (see ``brisk``).
 
     Raises:
         ConfigError: there is no region.
@@ -159,12 +168,13 @@ async def open_client(
             config=config,
         )
         client = await opening.__aenter__()
+        credentials = await session.get_credentials() if brisk else None
     except (BotoCoreError, ValueError) as error:
         raise told(error, f"opening {service}") from error
     client.meta.events.register("before-send", _in_pieces)
     client.meta.events.register("needs-retry", _let_go)
     try:
-        yield client
+        yield BriskClient(client, credentials, brisk) if brisk else client
     finally:
         await opening.__aexit__(None, None, None)
 
@@ -182,7 +192,7 @@ def _moment(value: Any) -> Any:
 
 def _in_pieces(request: Any, **kwargs: Any) -> None:
     """A large body of JSON goes out in pieces, between which the loop turns; else aiohttp warns of it."""
-    if isinstance(request.body, bytes) and len(request.body) > _PIECE:
+    if isinstance(request.body, bytes) and len(request.body) > PIECE:
         request.body = io.BytesIO(request.body)
 
 
@@ -264,7 +274,7 @@ def told(error: Exception, what: str) -> FlowlaneError:
     if isinstance(error, NoRegionError):
         return ConfigError(f"{what}: there is no AWS region: set AWS_REGION, or region= in the URI")
     if not isinstance(error, ClientError):
-        if isinstance(error, ValueError | ProfileNotFound | ConfigParseError):
+        if isinstance(error, _WRONG):
             return ConfigError(f"{what}: {said}")
         return Retryable(f"{what}: {type(error).__name__}: {said}")
     return _answered(error, what)
@@ -279,6 +289,8 @@ def _answered(error: ClientError, what: str) -> FlowlaneError:
     said = f"{code}: {message}" if message else code
     if code in _THROTTLED or status == 429:
         return Retryable(f"{what}: throttled ({said})")
+    if said.startswith(_UNTIMELY) or (code in _UNSIGNED and message.startswith(_UNTIMELY)):
+        return Retryable(f"{what}: signed too long ago, or too early ({said}): set this computer's clock")
     if code in _EXPIRED:
         return Retryable(f"{what}: the AWS credentials have expired ({said}): renew them, it is tried again")
     if code in _REFUSED or status in (401, 403):

@@ -40,9 +40,17 @@ class Names(msgspec.Struct, frozen=True):
     @property
     def uri(self) -> str:
         """What opens the backend again, quoted for a shell."""
-        given = {"region": self.region, "table": self.table, "queue_prefix": self.queue_prefix}
+        return quote(self._uri(region=self.region))
+
+    @property
+    def uri_there(self) -> str:
+        """What opens the backend again for a process that runs in its region, as Lambda's do."""
+        return self._uri(region="")
+
+    def _uri(self, *, region: str) -> str:
+        given = {"region": region, "table": self.table, "queue_prefix": self.queue_prefix}
         query = urlencode({option: value for option, value in given.items() if value})
-        return quote(f"aws://{self.name}?{query}" if query else f"aws://{self.name}")
+        return f"aws://{self.name}?{query}" if query else f"aws://{self.name}"
 
     @property
     def log(self) -> str:

@@ -7,10 +7,10 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 from flowlane.errors import ConfigError, redact
-from flowlane.ports import Environment
+from flowlane.ports import Environment, TableSpec
 from flowlane_aws.clients import open_client
 from flowlane_aws.dynamodb import table as dynamodb_table
-from flowlane_aws.dynamodb.forms import Batches, Form, Puts, Transactions, lean
+from flowlane_aws.dynamodb.forms import HOT, Batches, Form, Puts, Transactions, lean
 from flowlane_aws.dynamodb.pace import MOST, Delivery, Pace
 from flowlane_aws.dynamodb.sink import DynamoSink
 
@@ -30,7 +30,7 @@ async def open_sink(
     sort: str = "",
     key_type: str = "",
     sort_type: str = "",
-    create: str | bool = False,
+    create: str | bool | None = None,
     exactly: str | bool = True,
     form: str = "transactions",
     bookkeeping: str = "_flowlane",
@@ -38,6 +38,7 @@ async def open_sink(
     schema: str = "evolve",
     region: str = "",
     endpoint: str = "",
+    into: TableSpec | None = None,
 ) -> AsyncIterator[DynamoSink]:
     """Records as items of the table, replacing those of the same key; see ``DynamoSink``.
 
@@ -47,6 +48,9 @@ async def open_sink(
     or single ``puts``, slower at half the write units (and possible where transactions are not, as in global
     tables of strong consistency).
 
+    A lane that learns of the table from data says table, key and types by `into`, under ``dynamodb://``; one
+    that is missing is made then, unless ``create=false``.
+
     Needs the permissions DescribeTable, PutItem, GetItem and UpdateItem; BatchWriteItem for
     ``exactly=false``; CreateTable for ``create=true``.
 
@@ -54,8 +58,13 @@ async def open_sink(
         ConfigError: an option is wrong, or the table is missing, another one, or may not be used.
         Retryable: AWS did not answer, or the table is not ready.
     """
-    name = dynamodb_table.checked(uri.partition("://")[2].rstrip("/"))
+    name = uri.partition("://")[2].rstrip("/")
+    if into is not None:
+        name, key, key_type, sort, sort_type = _said_by(uri, into, name, key, key_type, sort, sort_type)
+        mode = mode or into.mode
+    name = dynamodb_table.checked(name)
     wanted = _wanted(uri, key, key_type, sort, sort_type)
+    making = _flag(uri, "create", (into is not None) if create is None else create)
     exact = _flag(uri, "exactly", exactly)
     if mode not in ("", "upsert"):
         raise ConfigError(
@@ -71,12 +80,10 @@ async def open_sink(
         raise ConfigError(f"{redact(uri)}: bookkeeping= is empty: name an attribute, or use exactly=false")
     # One try each: what fails is tried again here, at a pace that the table's answers set.
     async with open_client(
-        "dynamodb", region=region, endpoint=endpoint, connections=_MOST_PUTS, attempts=1
+        "dynamodb", region=region, endpoint=endpoint, connections=_MOST_PUTS, attempts=1, brisk=HOT
     ) as client:
         lean(client)
-        table = await dynamodb_table.found(
-            client, environment.clock, name, wanted, create=_flag(uri, "create", create)
-        )
+        table = await dynamodb_table.found(client, environment.clock, name, wanted, create=making)
         if exact and bookkeeping in table.typed:
             raise ConfigError(
                 f"{redact(uri)}: {bookkeeping} is a key of the table: choose another bookkeeping="
@@ -85,6 +92,21 @@ async def open_sink(
         pace = Pace(_MOST_PUTS if writing.count == 1 else MOST)
         delivery = Delivery(environment.clock, writing, pace)
         yield DynamoSink(client, environment.clock, table, delivery, bookkeeping if exact else "")
+
+
+def _said_by(uri: str, into: TableSpec, *given: str) -> tuple[str, str, str, str, str]:
+    """Table, key and types as `into` says them, none of which may be `given` by the URI too."""
+    if any(given):
+        raise ConfigError(
+            f"{redact(uri)}: names a table or a key, and so does the lane: leave them out of the URI"
+        )
+    if not 1 <= len(into.key) <= 2:
+        raise ConfigError(
+            f"{redact(uri)}: the key of table {into.name} has {len(into.key)} columns: one or two"
+        )
+    types = dict(into.types)
+    parts = [(name, types.get(name, "")) for name in into.key] + [("", "")]
+    return into.name, *parts[0], *parts[1]
 
 
 def _wanted(uri: str, key: str, key_type: str, sort: str, sort_type: str) -> dynamodb_table.Wanted:

@@ -14,6 +14,8 @@ from botocore.exceptions import ClientError
 
 from flowlane_aws.clients import asking, code_of
 
+#: The operations that rows are made of.
+HOT: Final = ("PutItem", "TransactWriteItems", "BatchWriteItem", "GetItem", "UpdateItem")
 _BODY: Final = "flowlane_body"
 
 #: Asked too often, or in each other's way: of calls, and of the reasons of a cancelled transaction.
@@ -61,9 +63,11 @@ class Answer(msgspec.Struct):
     """What became of the items of one call: those not named here are in the table, or stand there already.
 
     ``again``: may be sent again, after a pause if ``busy``. ``throttled``: the service wants fewer calls.
+    ``contended``: those of ``again`` that are in another transaction right now, if that is all that is wrong.
     ``halve``: one of several is refused, and nobody says which."""
 
     again: Sequence[Item] = ()
+    contended: Sequence[Item] = ()
     refused: Sequence[tuple[Item, str]] = ()
     busy: bool = False
     throttled: bool = False
@@ -135,17 +139,20 @@ class Transactions:
 
     async def put(self, items: Sequence[Item]) -> Answer:
         """See ``Form.put``."""
-        # Without a ClientRequestToken: it would be good for ten minutes, the conditions are for ever.
         tables = [{"Put": {"TableName": self._table}}]
-        body = b'{"TransactItems":[%b]}' % b",".join([b'{"Put":%b}' % item.body for item in items])
         try:
             async with asking(self.what, passing=_PASSING):
-                await send(self._client, "transact_write_items", body, TransactItems=tables)
+                await send(self._client, "transact_write_items", self.request(items), TransactItems=tables)
         except ClientError as error:
             if code_of(error) == _CANCELLED:
                 return _cancelled(error, items)
             return _failed(error, items)
         return Answer()
+
+    def request(self, items: Sequence[Item]) -> bytes:
+        """What is sent for `items`."""
+        # Without a ClientRequestToken: it would be good for ten minutes, the conditions are for ever.
+        return b'{"TransactItems":[%b]}' % b",".join([b'{"Put":%b}' % item.body for item in items])
 
 
 class Batches:
@@ -159,11 +166,12 @@ class Batches:
 
     async def put(self, items: Sequence[Item]) -> Answer:
         """See ``Form.put``."""
-        puts = b",".join([b'{"PutRequest":{"Item":%b}}' % item.body for item in items])
-        body = b'{"RequestItems":{"%b":[%b]}}' % (self._table.encode(), puts)
+        tables: dict[str, Any] = {self._table: []}
         try:
             async with asking(self.what, passing=_PASSING):
-                answer = await send(self._client, "batch_write_item", body, RequestItems={self._table: []})
+                answer = await send(
+                    self._client, "batch_write_item", self.request(items), RequestItems=tables
+                )
         except ClientError as error:
             return _failed(error, items)
         left = answer.get("UnprocessedItems", {}).get(self._table, ())
@@ -171,6 +179,11 @@ class Batches:
             return Answer()
         again = _unprocessed(items, [each["PutRequest"]["Item"] for each in left])
         return Answer(again, busy=True, throttled=True)
+
+    def request(self, items: Sequence[Item]) -> bytes:
+        """What is sent for `items`."""
+        puts = b",".join([b'{"PutRequest":{"Item":%b}}' % item.body for item in items])
+        return b'{"RequestItems":{"%b":[%b]}}' % (self._table.encode(), puts)
 
 
 def _writing(table: str) -> str:
@@ -187,7 +200,7 @@ def _failed(error: ClientError, items: Sequence[Item]) -> Answer:
             return Answer(items, halve=True)
         return Answer(refused=[(items[0], _reason(error.response["Error"]))])
     if code in _CONFLICTS:
-        return Answer(items, busy=True)
+        return Answer(items, contended=items, busy=True)
     if code in _THROTTLES:
         return Answer(items, busy=True, throttled=True)
     raise error  # not in ``_PASSING``
@@ -208,8 +221,9 @@ def _cancelled(error: ClientError, items: Sequence[Item]) -> Answer:
     settled = _UNFIT | _STANDS
     again = [item for item, code in zip(items, codes, strict=True) if code not in settled]
     throttled = not _THROTTLES.isdisjoint(codes)
-    busy = throttled or len(again) == len(items) or not _CONFLICTS.isdisjoint(codes)
-    return Answer(again, refused, busy=busy, throttled=throttled)
+    contended = [item for item, code in zip(items, codes, strict=True) if code in _CONFLICTS]
+    busy = throttled or len(again) == len(items) or bool(contended)
+    return Answer(again, () if throttled else contended, refused, busy=busy, throttled=throttled)
 
 
 def _reason(said: Mapping[str, Any]) -> str:

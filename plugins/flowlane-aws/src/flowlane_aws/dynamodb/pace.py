@@ -4,13 +4,17 @@ Additive increase, multiplicative decrease, as in TCP: the number of calls in fl
 round of calls that went well and is halved by a throttled one, once for all calls that were in flight then.
 A throttled call waits for a random time below a bound that doubles ("full jitter", AWS Builders' Library,
 "Timeouts, retries, and backoff with jitter").
+
+Where several write the same items, transactions get in each other's way. Items that are in another one are
+parted from those that are not: so the more who contend, the smaller the transactions, down to single items,
+which nothing keeps from being written for long.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
 import msgspec
@@ -30,6 +34,7 @@ _TRIES: Final = 12  # of one call without any progress,
 _PATIENCE: Final = 60.0  # and seconds: then the engine's policy takes over
 _QUICK_TRIES: Final = 6  # of a call that is not one of many
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0  # seconds, before chance shortens them
+_LONGEST_WAIT: Final = 1.0  # and for another transaction's end
 
 
 async def patient(clock: Clock, call: Callable[[], Awaitable[T]]) -> T:
@@ -46,8 +51,8 @@ async def patient(clock: Clock, call: Callable[[], Awaitable[T]]) -> T:
     return await call()
 
 
-async def _pause(clock: Clock, tries: int) -> None:
-    await clock.sleep(clock.random() * min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**tries))
+async def _pause(clock: Clock, tries: int, longest: float = _LONGEST_PAUSE) -> None:
+    await clock.sleep(clock.random() * min(longest, _FIRST_PAUSE * 2 ** min(tries, 30)))
 
 
 class Pace:
@@ -89,18 +94,21 @@ class Delivery:
         self._form = form
         self._pace = pace
 
-    async def put(self, items: Sequence[Item]) -> list[tuple[Item, str]]:
-        """All `items` are in the table, or a later row is, but those returned, which it refuses.
+    async def put(self, items: AsyncIterable[Sequence[Item]]) -> list[tuple[Item, str]]:
+        """All `items` are in the table, or a later row is, but those returned, which it refuses. They have
+        different keys, and are sent as they come, in any order.
 
         Raises:
             Retryable: throttled, or away, for too long; any of the items may be in the table.
             ConfigError, Permanent: as ``Form.put``.
         """
-        calls = deque(Call(chunk) for chunk in chunks(items, self._form))
+        calls: deque[Call] = deque()
         work = _Work(self._clock, self._form, self._pace, calls)
         try:
             async with asyncio.TaskGroup() as tasks:
-                work.more(tasks)
+                async for some in items:
+                    calls.extend(Call(chunk) for chunk in chunks(some, self._form))
+                    work.more(tasks)
         except BaseExceptionGroup as group:
             raise leaf(group) from None
         return work.refused
@@ -128,11 +136,11 @@ class _Work:
         # A worker too many ends; the last one never is. Whatever is to be tried again is back among the
         # calls by then, so that the pace holds for it too.
         while self._calls and self._running <= self._pace.limit:
-            await self._make(self._calls.popleft())
+            await self._make(self._calls.popleft(), tasks)
             self.more(tasks)
         self._running -= 1
 
-    async def _make(self, call: Call) -> None:
+    async def _make(self, call: Call, tasks: asyncio.TaskGroup) -> None:
         answer, error = await self._ask(call.items)
         self.refused += answer.refused
         again, halve = answer.again, answer.halve
@@ -140,16 +148,36 @@ class _Work:
             self._moved, call.tries = self._clock.monotonic(), 0
         elif answer.throttled:  # a transaction that is larger than what the table takes at once never passes
             halve = len(again) > 1
-        if again and answer.busy:
+        if answer.contended:
+            again = await self._part(answer, call, tasks)
+        elif again and answer.busy:
             call.tries += 1
-            if call.tries >= _TRIES or self._clock.monotonic() - self._moved > _PATIENCE:
+            if call.tries >= _TRIES or self._late():
                 raise error or Retryable(
-                    f"{self._form.what}: throttled, or in the way of others, {call.tries} times in a row",
-                    delay=_LONGEST_PAUSE,
+                    f"{self._form.what}: throttled, {call.tries} times in a row", delay=_LONGEST_PAUSE
                 )
             await _pause(self._clock, call.tries - 1)
         half = len(again) // 2 if halve else 0
         self._calls += [Call(part, call.tries) for part in (again[:half], again[half:]) if part]
+
+    async def _part(self, answer: Answer, call: Call, tasks: asyncio.TaskGroup) -> Sequence[Item]:
+        """Wait for whoever is in the way of some items, which are returned; the others go ahead."""
+        waiting = {item.number for item in answer.contended}
+        if others := [item for item in answer.again if item.number not in waiting]:
+            self._calls.appendleft(Call(others, call.tries))
+            self.more(tasks)
+        # However often it is: what somebody holds is soon let go.
+        call.tries += 1
+        if self._late():
+            raise Retryable(
+                f"{self._form.what}: in the way of others for {_PATIENCE:g} s", delay=_LONGEST_PAUSE
+            )
+        await _pause(self._clock, call.tries - 1, _LONGEST_WAIT)
+        return answer.contended
+
+    def _late(self) -> bool:
+        """Whether no item has got anywhere for too long."""
+        return self._clock.monotonic() - self._moved > _PATIENCE
 
     async def _ask(self, items: Sequence[Item]) -> tuple[Answer, Retryable | None]:
         cuts = self._pace.cuts

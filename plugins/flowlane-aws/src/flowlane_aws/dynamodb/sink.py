@@ -25,7 +25,7 @@ and the conditions alone keep order.
 from __future__ import annotations
 
 from base64 import urlsafe_b64encode
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from hashlib import blake2b
 from typing import Any, Final
@@ -41,7 +41,7 @@ from flowlane_aws.clients import asking
 from flowlane_aws.dynamodb.forms import Item, send
 from flowlane_aws.dynamodb.pace import Delivery, patient
 from flowlane_aws.dynamodb.table import Table
-from flowlane_aws.dynamodb.values import Misfit, Value, item_of
+from flowlane_aws.dynamodb.values import Misfit, item_of
 
 _BATCH: Final = 10**9  # places of one batch: more records than memory holds
 #: Bytes of the mark, at most, without its name (see ``dynamodb_values``).
@@ -51,6 +51,8 @@ _CONDITION: Final = (
     "NOT attribute_type(#f.g, :n) OR #f.g < :g OR (#f.g = :g AND (#f.u <> :u "
     "OR (#f.s = :s AND #f.r < :r) OR (#f.s <> :s AND #f.t <= :t)))"
 )
+#: Records that are made into items in one go.
+_SLICE: Final = 1000
 _encode: Final = msgspec.json.Encoder().encode
 
 
@@ -109,6 +111,11 @@ class ItemWriter:
         """See ``Writer.unfinished``: nothing is."""
         return "", ""
 
+    @property
+    def changes(self) -> Sequence[str]:
+        """See ``Writer.changes``: a table has no columns, and is made when it is opened."""
+        return ()
+
     async def write(self, batch: Batch) -> Sequence[Bad]:
         """See ``Writer.write``. Without conditions there is no ``Fenced``, and a batch written again is put
         again.
@@ -118,14 +125,27 @@ class ItemWriter:
         """
         if self._meeting:
             await self._meeting.look()
-        items, bad = await hop(self._clock, self._making.items, batch)
-        refused = await self._delivery.put(items)
+        bad: list[Bad] = []
+        keys: dict[int, bytes] = {}
+        refused = await self._delivery.put(self._made(batch, bad, keys))
         bad += [_bad(batch, item.number, reason) for item, reason in refused]
         if self._meeting and not self._meeting.key:
-            missing = {item.number for item, _ in refused}
-            self._meeting.key = next((item.key for item in items if item.number not in missing), b"")
+            standing = keys.keys() - {item.number for item, _ in refused}
+            self._meeting.key = keys[min(standing)] if standing else b""
         bad.sort(key=lambda found: found.row)
         return bad
+
+    async def _made(
+        self, batch: Batch, bad: list[Bad], keys: dict[int, bytes]
+    ) -> AsyncGenerator[Sequence[Item]]:
+        """The items of `batch`, slice by slice, so that some are sent while others are made. What can be no
+        item goes to `bad`; the keys of items, by their numbers, to `keys`."""
+        slices = self._making.slices(batch)
+        while (found := await hop(self._clock, next, slices, None)) is not None:
+            items, misfits = found
+            bad += misfits
+            keys |= {item.number: item.key for item in items}
+            yield items
 
     async def finish(self) -> None:
         """See ``Writer.finish``: every row is visible already."""
@@ -142,26 +162,45 @@ class Making:
         self._names = tuple(key.name for key in table.key)
         self._required = frozenset(self._names)
         self._reserve = len(mark.encode()) + _MARK if mark else 0
-        self._of = {
+        of = {
             "g": {"N": str(unit.generation)},
             "u": {"S": _digest(unit.stream, 8)},
             "s": {"S": _digest(split.id, 6)},
             "t": {"N": str(unit.token)},
         }
+        # What is sent around an item and, twice, its place: encoded once, not for every item.
+        condition = {"ConditionExpression": _CONDITION, "ExpressionAttributeNames": {"#f": mark}}
+        values = {":n": {"S": "N"}, **{f":{name}": value for name, value in of.items()}}
+        self._before = b'{"TableName":%b,"Item":' % _encode(table.name)
+        self._marked = b',%b:{"M":{%b,"r":{"N":"' % (_encode(mark), _encode(of)[1:-1])
+        self._asked = b'"}}}},%b,"ExpressionAttributeValues":{%b,":r":{"N":"' % (
+            _encode(condition)[1:-1],
+            _encode(values)[1:-1],
+        )
+        self._after = b'"}}}'
 
-    def items(self, batch: Batch) -> tuple[list[Item], list[Bad]]:
-        """`batch` as items with different keys, and the records that can be none. Takes a while."""
-        items: dict[bytes, Item] = {}
+    def slices(self, batch: Batch) -> Iterator[tuple[list[Item], list[Bad]]]:
+        """`batch` as items with different keys, and the records that can be none: slice by slice, each of
+        which takes some 10 ms. The last one comes first: of records that share a key the last one stays, and
+        is known then."""
+        taken: set[bytes] = set()
+        for stop in range(len(batch.records), 0, -_SLICE):
+            yield self._slice(batch, range(max(0, stop - _SLICE), stop), taken)
+
+    def _slice(self, batch: Batch, numbers: range, taken: set[bytes]) -> tuple[list[Item], list[Bad]]:
+        items: list[Item] = []
         bad: list[Bad] = []
-        for number, record in enumerate(batch.records):
+        for number in reversed(numbers):
             try:
-                item = self._item(batch.start.row, number, record)
+                item = self._item(batch.start.row, number, batch.records[number])
             except Misfit as error:
                 bad.append(_bad(batch, number, str(error)))
                 continue
-            items.pop(item.key, None)
-            items[item.key] = item
-        return list(items.values()), bad
+            if item.key not in taken:
+                taken.add(item.key)
+                items.append(item)
+        items.reverse()
+        return items, bad
 
     def _item(self, row: int, number: int, record: Record) -> Item:
         if self._mark and self._mark in record:
@@ -170,19 +209,11 @@ class Making:
             )
         item, size = item_of(record, self._table.typed, self._required, self._reserve)
         key = _encode({name: item[name] for name in self._names})
-        body = _encode(self._put(item, row * _BATCH + number) if self._mark else item)
+        body = _encode(item)
+        if self._mark:
+            place = b"%d" % (row * _BATCH + number)
+            body = b"".join((self._before, body[:-1], self._marked, place, self._asked, place, self._after))
         return Item(number, key, body, size + self._reserve)
-
-    def _put(self, item: Value, place: int) -> dict[str, Any]:
-        mark = {**self._of, "r": {"N": str(place)}}
-        item[self._mark] = {"M": mark}
-        return {
-            "TableName": self._table.name,
-            "Item": item,
-            "ConditionExpression": _CONDITION,
-            "ExpressionAttributeNames": {"#f": self._mark},
-            "ExpressionAttributeValues": {":n": {"S": "N"}, **{f":{n}": value for n, value in mark.items()}},
-        }
 
 
 class Meeting:

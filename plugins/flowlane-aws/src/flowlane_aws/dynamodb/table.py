@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
@@ -150,9 +150,15 @@ def _fitting(table: Table, wanted: Wanted) -> Table:
         type_ in ("", key.type) for key, (_, type_, _) in zip(table.key, parts, strict=True)
     )
     if parts and not same:
-        told = "&".join(
-            f"{role}={key.name}&{role}_type={key.type}"
-            for role, key in zip(("key", "sort"), table.key, strict=False)
+        own = _key([(key.name, key.type) for key in table.key])
+        asked = _key([(name, type_) for name, type_, _ in parts])
+        raise ConfigError(
+            f"DynamoDB table {table.name} has another key than {asked}: write {own}, or use another table"
         )
-        raise ConfigError(f"DynamoDB table {table.name} has another key: write {told}, or use another table")
     return table
+
+
+def _key(parts: Sequence[tuple[str, str]]) -> str:
+    """Names and types of a key's `parts`, as URIs say them."""
+    told = zip(("key", "sort"), parts, strict=False)
+    return "&".join(f"{role}={name}&{role}_type={type_ or 'S'}" for role, (name, type_) in told)

@@ -19,6 +19,15 @@ from flowlane_aws.bounded import all_of
 from flowlane_aws.clients import asking, code_of
 from flowlane_aws.log.items import INDEXES, Item, text
 
+#: The operations that a busy worker makes all day long.
+HOT: Final = (
+    "PutItem",
+    "TransactWriteItems",
+    "UpdateItem",
+    "BatchExecuteStatement",
+    "Query",
+    "BatchGetItem",
+)
 #: Seconds for one request, all of the SDK's tries included.
 _PATIENCE: Final = 10.0
 #: How often a request is made that AWS answers with "not now"; the SDK has tried three times by then.

@@ -1,4 +1,4 @@
-"""Making queues, for ``flowlane init``; never at run time.
+"""Making queues, for ``flowlane init``; never at run time. What they are set to holds for ``deploy``, too.
 
 A unit's budget of attempts is kept in the log, which ends it with a reason. A queue gives a message up by its
 count of receives, and that counts more than attempts: deliveries that were left alone, lost leases, a Lambda
@@ -38,6 +38,41 @@ _LONGEST_MESSAGE: Final = 1_048_576
 _Attributes = Mapping[str, str]
 
 
+def settings(spec: QueueSpec) -> Mapping[str, Any]:
+    """What the queue of `spec` is set to, but for when it shows messages again and where its dead letters go.
+
+    Raises:
+        ConfigError: no queue can be what `spec` wants.
+    """
+    if spec.lease > LONGEST_LEASE:
+        raise ConfigError(
+            f"stage {spec.name}: a lease of {spec.lease:g} s is longer than SQS hides a message (at most "
+            f"{LONGEST_LEASE} s): choose a shorter one, it is renewed while the stage is at work"
+        )
+    wanted = {"MaximumMessageSize": _LONGEST_MESSAGE, "MessageRetentionPeriod": _KEPT}
+    if not spec.ordered:
+        return wanted
+    # High throughput: the order is within groups, and so is what is dropped as sent twice.
+    order = {"DeduplicationScope": "messageGroup", "FifoThroughputLimit": "perMessageGroupId"}
+    return {**wanted, "FifoQueue": True, **order}
+
+
+def settings_of_dead(spec: QueueSpec) -> Mapping[str, Any]:
+    """The same of the queue for its dead letters."""
+    return {"MessageRetentionPeriod": _DEAD_KEPT, **({"FifoQueue": True} if spec.ordered else {})}
+
+
+def receives(spec: QueueSpec) -> int:
+    """After how many receives the queue of `spec` gives a message up."""
+    least = _LEAST_RECEIVES_IN_ORDER if spec.ordered else _LEAST_RECEIVES
+    return min(max(2 * (spec.retries + 1), least), _MOST_RECEIVES)
+
+
+def _texts(settings: Mapping[str, Any]) -> _Attributes:
+    """`settings` as SQS has them."""
+    return {name: "true" if value is True else str(value) for name, value in settings.items()}
+
+
 async def create(client: Any, names: Names, specs: Sequence[QueueSpec]) -> Sequence[str]:
     """Make what is missing of the queues of `specs`: each with a dead-letter queue of its own. A queue that
     has none given to it yet is given its own. What is set otherwise is left as somebody set it.
@@ -57,29 +92,23 @@ class _Making:
     def __init__(self, client: Any, names: Names, spec: QueueSpec) -> None:
         self._client = client
         self._spec = spec
-        self._kind = {"FifoQueue": "true"} if spec.ordered else {}
         self._name = names.queue(spec.name, ordered=spec.ordered)
         self._dead = names.dead(spec.name, ordered=spec.ordered)
         self._other = names.queue(spec.name, ordered=not spec.ordered)
 
     async def make(self) -> Sequence[str]:
         """See ``create``."""
-        spec = self._spec
-        if spec.lease > LONGEST_LEASE:
-            raise ConfigError(
-                f"stage {spec.name}: a lease of {spec.lease:g} s is longer than SQS hides a message (at most "
-                f"{LONGEST_LEASE} s): choose a shorter one, it is renewed while the stage is at work"
-            )
+        wanted = settings(self._spec)
         if await self._attributes(self._other) is not None:
             raise self._wrong_kind()
         made: list[str] = []
         if await self._attributes(self._dead) is None:
-            await self._create(self._dead, {"MessageRetentionPeriod": str(_DEAD_KEPT)})
+            await self._create(self._dead, _texts(settings_of_dead(self._spec)))
             made.append(self._dead)
         dead = (await self._attributes(self._dead) or {}).get("QueueArn", "")
         found = await self._attributes(self._name)
         if found is None:
-            await self._create(self._name, self._wanted(dead))
+            await self._create(self._name, {**_texts(wanted), **self._besides(dead)})
             made.append(self._name)
         elif not Redrive.of(found).dead_letter_target_arn:
             await self._set(self._name, {"RedrivePolicy": self._policy(dead)})
@@ -110,30 +139,17 @@ class _Making:
         if policy.max_receive_count < least:
             raise ConfigError(
                 f"queue {self._name} gives a message up after {policy.max_receive_count} receives, but stage "
-                f"{self._spec.name} may need {least}: set its maxReceiveCount to {self._receives()}"
+                f"{self._spec.name} may need {least}: set its maxReceiveCount to {receives(self._spec)}"
             )
 
-    def _receives(self) -> int:
-        least = _LEAST_RECEIVES_IN_ORDER if self._spec.ordered else _LEAST_RECEIVES
-        return min(max(2 * (self._spec.retries + 1), least), _MOST_RECEIVES)
-
     def _policy(self, dead: str) -> str:
-        return msgspec.json.encode(Redrive(self._receives(), dead)).decode()
+        return msgspec.json.encode(Redrive(receives(self._spec), dead)).decode()
 
-    def _wanted(self, dead: str) -> _Attributes:
+    def _besides(self, dead: str) -> _Attributes:
         # A worker says with each receive for how long; Lambda goes by what is set here, and no mapping may be
         # made where that is less than the function's timeout.
         hidden = min(max(self._spec.lease, min(self._spec.timeout, _LAMBDA)), LONGEST_LEASE)
-        wanted = {
-            "MaximumMessageSize": str(_LONGEST_MESSAGE),
-            "MessageRetentionPeriod": str(_KEPT),
-            "RedrivePolicy": self._policy(dead),
-            "VisibilityTimeout": str(max(1, ceil(hidden))),
-        }
-        if self._spec.ordered:
-            # High throughput: the order is within groups, and so is what is dropped as sent twice.
-            wanted |= {"DeduplicationScope": "messageGroup", "FifoThroughputLimit": "perMessageGroupId"}
-        return wanted
+        return {"RedrivePolicy": self._policy(dead), "VisibilityTimeout": str(max(1, ceil(hidden)))}
 
     # ------------------------------------------------------------------ calls
 
@@ -152,7 +168,7 @@ class _Making:
         """Whoever makes the same at the same time is fine: SQS answers with the queue that is there."""
         try:
             async with asking(f"making queue {name}", passing=_DELETED):
-                await self._client.create_queue(QueueName=name, Attributes={**attributes, **self._kind})
+                await self._client.create_queue(QueueName=name, Attributes=attributes)
         except ClientError as error:
             raise Retryable(
                 f"queue {name} was deleted less than 60 s ago, and SQS makes none of that name before: "

@@ -25,6 +25,8 @@ from flowlane_aws.queue.lookup import MISSING, Lookup
 from flowlane_aws.queue.receiving import LONGEST_LEASE, Received, Receiver, Resolve, whole
 from flowlane_aws.queue.sending import BATCH, Entry, Sender, insisting
 
+#: The operations that a busy worker makes all day long.
+HOT: Final = ("ReceiveMessage", "SendMessageBatch", "DeleteMessageBatch")
 #: What SQS answers about a receipt that holds nothing any more (the last: the message is gone).
 _STALE: Final = frozenset(
     {

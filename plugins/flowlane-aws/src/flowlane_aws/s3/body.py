@@ -21,14 +21,12 @@ from flowlane.ports import ObjectInfo
 from flowlane_aws.clients import PATIENCE, asking, status_of
 from flowlane_aws.s3.names import Place
 
-#: A block that a body hands out has at most this many bytes, and as many as are to be had.
-BLOCK: Final = 1 << 20
-#: A body may break off this often with less than a block read in between.
+#: A body may break off this often with less than so many bytes read in between.
 MAX_RESUMES: Final = 5
-#: A block is handed out that took longer than these seconds to gather, however small it is (but for the
-#: first few bytes, by which an object is known): who reads has a deadline to look to.
-MAX_GATHERING: Final = 1.0
-_FEW: Final = 4096
+PROGRESS: Final = 1 << 20
+#: Blocks are handed out as they come; smaller ones than this are put together, for so many seconds.
+_WORTH: Final = 64 << 10
+_PATIENCE: Final = 1.0
 
 #: How a body breaks off: aiohttp's errors pass through the SDK (a payload that is cut is no botocore error).
 _BROKEN: Final = (aiohttp.ClientError, BotoCoreError, OSError, TimeoutError)
@@ -173,7 +171,7 @@ class S3Body:
                 progress += len(block)
                 yield block
             if over and not self._reached():
-                failures = 1 if progress >= BLOCK else failures + 1
+                failures = 1 if progress >= PROGRESS else failures + 1
                 progress = 0
                 await self._resume(over, failures)
 
@@ -183,7 +181,7 @@ class S3Body:
         return self._position >= (self._info.size if end is None else min(end, self._info.size))
 
     async def _next(self) -> tuple[bytes, str]:
-        """About a block, and why there is no more to come (empty while there is)."""
+        """A block, and why there is no more to come (empty while there is)."""
         parts: list[bytes] = []
         over = ""
         try:
@@ -201,13 +199,15 @@ class S3Body:
         """Read a block into `parts`, less at the end or if it comes slowly; what came before an error stays
         there."""
         size, began = 0, self._clock.monotonic()
-        while size < BLOCK and (size < _FEW or self._clock.monotonic() - began < MAX_GATHERING):
+        while size < _WORTH and (not size or self._clock.monotonic() - began < _PATIENCE):
             async with asyncio.timeout(PATIENCE):
-                part = await self._body.read(BLOCK - size)
-            if not part:
+                # As it came (aiohttp's stream): the SDK's ``read`` copies it together once more.
+                part, chunk_ended = await self._body.content.readchunk()
+            if part:
+                parts.append(part)
+                size += len(part)
+            elif not chunk_ended:
                 return
-            parts.append(part)
-            size += len(part)
 
     def _cut(self, block: bytes) -> bytes:
         """`block` without what was not asked for."""

@@ -1,0 +1,14 @@
+"""kill -9 of whoever loads drops of the same tables: the tables are as loaded in order, and once."""
+
+from pathlib import Path
+
+from tests.kills.drops import DropsCampaign
+
+
+def test_drops_out_of_order_and_doubled_under_thirty_kills(tmp_path: Path) -> None:
+    campaign = DropsCampaign(tmp_path, seed=1)
+    campaign.run(kills=30, seconds=200)
+    assert sum(campaign.hits.values()) >= 30, (campaign.hits, campaign.misses)
+    assert all(campaign.hits[phase] >= 3 for phase in ("effect", "commit", "ack")), campaign.hits
+    assert campaign.doubled > 0
+    assert campaign.inversions > 0, "no drop was loaded before an older one: nothing was shown"
