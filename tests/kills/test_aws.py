@@ -11,14 +11,14 @@ pytest.importorskip("awslambdaric", reason="awslambdaric is not installed (it ha
 
 
 def test_three_workers_and_a_function_survive_kill_after_kill(tmp_path: Path) -> None:
-    campaign = AwsCampaign(tmp_path, hours=36, seed=1)
-    campaign.run(seconds=8)
-    assert campaign.killed.total() == 8
+    campaign = AwsCampaign(tmp_path, hours=24, seed=1)
+    campaign.run(seconds=5)
+    assert campaign.killed.total() == 5
     assert campaign.done_by_function > 0
 
 
 def test_drops_are_loaded_in_effect_in_order_kill_after_kill(tmp_path: Path) -> None:
     campaign = AwsDrops(tmp_path, seed=1)
-    campaign.run(seconds=8)
-    assert campaign.killed.total() == 8
+    campaign.run(seconds=5)
+    assert campaign.killed.total() == 5
     assert campaign.done_by_function > 0

@@ -5,10 +5,10 @@ from pathlib import Path
 from tests.kills.drops import DropsCampaign
 
 
-def test_drops_out_of_order_and_doubled_under_thirty_kills(tmp_path: Path) -> None:
+def test_drops_out_of_order_and_doubled_under_kills(tmp_path: Path) -> None:
     campaign = DropsCampaign(tmp_path, seed=1)
-    campaign.run(kills=30, seconds=200)
-    assert sum(campaign.hits.values()) >= 30, (campaign.hits, campaign.misses)
-    assert all(campaign.hits[phase] >= 3 for phase in ("effect", "commit", "ack")), campaign.hits
+    campaign.run(kills=12, seconds=200)
+    assert sum(campaign.hits.values()) >= 12, (campaign.hits, campaign.misses)
+    assert all(campaign.hits[phase] >= 2 for phase in ("effect", "commit", "ack")), campaign.hits
     assert campaign.doubled > 0
     assert campaign.inversions > 0, "no drop was loaded before an older one: nothing was shown"

@@ -53,22 +53,33 @@ class Directory:
         self._limit(end.count)
 
     def feed(self, block: bytes) -> None:
-        """Read the entries that `block` completes: about 5 microseconds each.
+        """Read the entries that `block` completes: some 2 microseconds each.
 
         Raises:
             Damaged: what must be an entry is none.
             Refused: there are more than ``ZipLimits.entries``.
         """
         held = self._held + block if self._held else block
-        at = 0
-        while len(held) - at >= _RECORD.size and not held.startswith(_SIGNATURE, at):
-            length = self._record(held, at)
-            if not length:
+        entries, end = self._entries, self._end
+        at, last = 0, len(held) - _RECORD.size
+        while at <= last:
+            fields = _RECORD.unpack_from(held, at)
+            if fields[0] != b"PK\1\2":
+                if fields[0] == _SIGNATURE:
+                    break
+                where = end.start + self._used + at
+                raise Damaged(f"damaged: at byte {where:,} must be entry {len(entries)} of its directory")
+            name = at + _RECORD.size
+            extra = name + fields[12]
+            comment = extra + fields[13]
+            following = comment + fields[14]
+            if following > len(held):
                 break
-            at += length
+            entries.append(_entry(len(entries), fields, held[name:extra], held[extra:comment], end))
+            at = following
         self._held = held[at:]
         self._used += at
-        self._limit(len(self._entries))
+        self._limit(len(entries))
 
     def close(self) -> list[Entry]:
         """All entries, in the directory's order, each with its ``limit`` and, if it overlaps, its ``fault``.
@@ -96,25 +107,15 @@ class Directory:
                 f"it has {count:,} entries or more, the limit is {self._limits.entries:,} (ZipLimits.entries)"
             )
 
-    def _record(self, held: bytes, at: int) -> int:
-        """Read the entry at `at`; returns its length, 0 if not all of it is there."""
-        fields = _RECORD.unpack_from(held, at)
-        name, extra, comment = fields[12:15]
-        begin = at + _RECORD.size
-        if fields[0] != b"PK\1\2":
-            where = self._end.start + self._used + at
-            raise Damaged(f"damaged: at byte {where:,} must be entry {len(self._entries)} of its directory")
-        length: int = _RECORD.size + name + extra + comment
-        if at + length > len(held):
-            return 0
-        raw, more = held[begin : begin + name], held[begin + name : begin + name + extra]
-        self._entries.append(_entry(len(self._entries), fields, raw, more, self._end))
-        return length
-
 
 def _entry(index: int, fields: tuple[Any, ...], raw: bytes, extra: bytes, end: End) -> Entry:
     """One entry of the directory, with what is wrong with it by itself."""
     _, _, _, needed, _, flags, method, _, _, crc, packed, size, _, _, _, disk, _, attributes, offset = fields
+    if not extra and method != AES and needed <= _NEWEST and not end.disk and raw.isascii():
+        # As most are, and nothing below would find anything: at half the price.
+        name = raw.decode("ascii")
+        kind = _kind(name, attributes, size)
+        return Entry(index, name, offset + end.prefix, packed, size, crc, method, flags, kind)
     known: dict[int, bytes] = {}
     fault = _extra(extra, known) if extra else ""
     name, unreadable = decode(raw, flags, known.get(_UNICODE_PATH, b""))
