@@ -4,6 +4,11 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# Fewer examples than by default, where a test does not say how many: `make test` is to take minutes.
+settings.register_profile("suite", max_examples=60)
+settings.load_profile("suite")
 
 
 @pytest.hookimpl(wrapper=True)

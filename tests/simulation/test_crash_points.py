@@ -1,7 +1,12 @@
-"""Every port call of a scene as a crash point, in every mode: effects and log come to the same."""
+"""Every port call of a scene as a crash point, in every mode: effects and log come to the same.
+
+Of the scene of drops, each mode takes every other call here, so that each is a crash point in two of the
+four; FLOWLANE_ALL_CELLS=1 takes all.
+"""
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -31,7 +36,8 @@ def test_the_archive_scene_has_all_that_it_is_to_have() -> None:
 @pytest.mark.parametrize("name", SCENES)
 def test_a_crash_at_any_call_changes_nothing(name: str, mode: str) -> None:
     calm = scenario(SCENES[name])
-    points = range(1, len(calm.calls) + 1)
+    some = name == "drops" and not os.environ.get("FLOWLANE_ALL_CELLS")
+    points = range(1 + (list(MODES).index(mode) % 2 if some else 0), len(calm.calls) + 1, 2 if some else 1)
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         found = pool.map(crash, [name] * len(points), points, [mode] * len(points), chunksize=32)
         bad = {

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests import servers
+
+# Fewer examples than by default, where a test does not say how many: `make test` is to take minutes.
+settings.register_profile("suite", max_examples=60)
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")
