@@ -6,13 +6,15 @@ TIME ?= 600
 PY := .venv/bin/python
 STAMP := .venv/.stamp
 SERVERS := .venv-servers/.stamp
+NODE_SERVERS := .venv-servers/.node-stamp
+KINESALITE := kinesalite@3.3.3
 PLUGINS := $(wildcard plugins/*)
 
 CODE = $(foreach dir,src tests plugins benchmarks examples,$(if $(shell find $(dir) -name '*.py' 2>/dev/null | head -n 1),$(dir)))
 
 .PHONY: setup demo test lint prove bench clean
 
-setup: $(STAMP) $(SERVERS)
+setup: $(STAMP) $(SERVERS) $(NODE_SERVERS)
 
 # By environment, not by -c, so that the pins hold for the build backend too (newer pips: the second name).
 $(STAMP): pyproject.toml constraints.txt $(PLUGINS:%=%/pyproject.toml)
@@ -27,6 +29,12 @@ $(SERVERS): constraints-servers.txt
 	@echo "setting up .venv-servers (half a minute, once)"
 	@$(PYTHON) -m venv .venv-servers
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-servers/bin/python -m pip install -qq -r constraints-servers.txt
+	@touch $@
+
+# One more, where there is node: its tests are skipped where it is not, or where npm gets nothing.
+$(NODE_SERVERS): $(SERVERS)
+	@! { command -v node && command -v npm; } >/dev/null 2>&1 || npm install --silent --no-save --no-package-lock \
+		--prefix .venv-servers/node $(KINESALITE) >/dev/null 2>&1 || echo "npm got no $(KINESALITE): its tests are skipped"
 	@touch $@
 
 demo: setup

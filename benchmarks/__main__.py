@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import (
+    channel,
     cold,
     decode,
     dynamodb,
@@ -44,6 +45,7 @@ CASES = (
     cold.CASE,
     *zip_member.CASES,
     zip_resume.CASE,
+    *channel.CASES,
 )
 QUICK = {
     "engine": 20_000,
@@ -58,6 +60,8 @@ QUICK = {
     "rows": 50_000,
     "zip-member": 64 << 20,
     "zip-resume": 1 << 30,
+    "channel-put": 20_000,
+    "channel-read": 20_000,
 }
 
 

@@ -10,29 +10,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import AbstractContextManager
 from typing import Any
 
-from benchmarks.harness import python
+from benchmarks.responder import serve, started
 
 _ANSWERS = {"BatchWriteItem": b'{"UnprocessedItems":{}}'}
 
 
-@contextmanager
-def serving() -> Iterator[str]:
+def serving() -> AbstractContextManager[str]:
     """The endpoint of a running responder."""
-    with subprocess.Popen(
-        python("dynamodb_server"), cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE
-    ) as process:
-        assert process.stdout is not None
-        try:
-            yield f"http://127.0.0.1:{int(process.stdout.readline())}"
-        finally:
-            process.kill()
+    return started("dynamodb_server")
 
 
 class Table:
@@ -82,50 +71,5 @@ _DESCRIPTION = json.dumps(
 ).encode()
 
 
-class Connection(asyncio.Protocol):
-    """HTTP/1.1 with as little as the requests need: one at a time, with a Content-Length."""
-
-    def __init__(self, table: Table) -> None:
-        self._table = table
-        self._parts: list[bytes] = []
-        self._missing = 0
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport: Any = transport
-
-    def data_received(self, data: bytes) -> None:
-        self._parts.append(data)
-        self._missing -= len(data)
-        if self._missing > 0:
-            return
-        request = b"".join(self._parts)
-        self._parts = [request]
-        head, found, body = request.partition(b"\r\n\r\n")
-        if not found:
-            return
-        fields = {
-            name.lower(): value.strip()
-            for name, _, value in (line.partition(b":") for line in head.split(b"\r\n")[1:])
-        }
-        self._missing = int(fields[b"content-length"]) - len(body)
-        if self._missing > 0:
-            return
-        self._parts = []
-        operation = fields[b"x-amz-target"].decode().rpartition(".")[2]
-        told = self._table.answer(operation, body)
-        self._transport.write(
-            b"HTTP/1.1 200 OK\r\nContent-Type: application/x-amz-json-1.0\r\nx-amzn-RequestId: 0\r\n"
-            b"x-amz-crc32: %d\r\nContent-Length: %d\r\n\r\n%s" % (zlib.crc32(told), len(told), told)
-        )
-
-
-async def serve() -> None:
-    """Serve for ever."""
-    table = Table()
-    server = await asyncio.get_running_loop().create_server(lambda: Connection(table), "127.0.0.1", 0)
-    print(server.sockets[0].getsockname()[1], flush=True)
-    await server.serve_forever()
-
-
 if __name__ == "__main__":
-    asyncio.run(serve())
+    asyncio.run(serve(Table().answer, crc=True))

@@ -9,45 +9,40 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from hashlib import md5
 from itertools import count
-from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import python
+from benchmarks.responder import serve, started
 
 
-@contextmanager
-def serving() -> Iterator[str]:
+def serving() -> AbstractContextManager[str]:
     """The endpoint of a running responder."""
-    with subprocess.Popen(
-        python("sqs_server"), cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE
-    ) as process:
-        assert process.stdout is not None
-        try:
-            yield f"http://127.0.0.1:{int(process.stdout.readline())}"
-        finally:
-            process.kill()
+    return started("sqs_server")
 
 
 class Queues:
     """What is sent and received; a message is its finished JSON, so that receiving it costs little here."""
 
     def __init__(self) -> None:
-        self.port = 0
+        self._port = 0
         self._waiting: dict[str, deque[str]] = {}
         self._numbers = count(1)
         self._news: list[asyncio.Future[None]] = []
 
-    def _url(self, name: str) -> str:
-        return f"http://127.0.0.1:{self.port}/000000000000/{name}"
+    def reached_by(self, port: int) -> None:
+        """The queues' URLs name this port."""
+        self._port = port
 
-    async def answer(self, operation: str, asked: dict[str, Any]) -> str:
-        """The answer's body, as JSON."""
+    def _url(self, name: str) -> str:
+        return f"http://127.0.0.1:{self._port}/000000000000/{name}"
+
+    async def answer(self, operation: str, body: bytes) -> bytes:
+        """The answer's body."""
+        asked: dict[str, Any] = json.loads(body)
         answers: dict[str, Callable[[dict[str, Any]], Any]] = {
             "GetQueueUrl": lambda a: {"QueueUrl": self._url(a["QueueName"])},
             "GetQueueAttributes": lambda a: {"Attributes": {"MaximumMessageSize": "1048576"}},
@@ -57,8 +52,8 @@ class Queues:
             "ChangeMessageVisibilityBatch": self._done,
         }
         if operation == "ReceiveMessage":
-            return await self._receive(asked)
-        return json.dumps(answers[operation](asked))
+            return (await self._receive(asked)).encode()
+        return json.dumps(answers[operation](asked)).encode()
 
     def _send(self, asked: dict[str, Any]) -> Any:
         queue = self._waiting.setdefault(asked["QueueUrl"], deque())
@@ -99,53 +94,6 @@ class Queues:
         return '{"Messages":[' + ",".join(taken) + "]}" if taken else "{}"
 
 
-class Connection(asyncio.Protocol):
-    """HTTP/1.1 with as little as the SDK's requests need."""
-
-    def __init__(self, queues: Queues) -> None:
-        self._queues = queues
-        self._buffer = b""
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport: Any = transport
-
-    def data_received(self, data: bytes) -> None:
-        self._buffer += data
-        head, found, rest = self._buffer.partition(b"\r\n\r\n")
-        if not found:
-            return
-        fields = {
-            name.strip().lower(): value.strip()
-            for name, _, value in (line.partition(b":") for line in head.split(b"\r\n")[1:])
-        }
-        length = int(fields.get(b"content-length", b"0"))
-        if len(rest) < length:
-            if fields.get(b"expect"):
-                self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            return
-        self._buffer = rest[length:]
-        operation = fields[b"x-amz-target"].decode().partition(".")[2]
-        task = asyncio.create_task(self._answer(operation, json.loads(rest[:length])))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _answer(self, operation: str, asked: dict[str, Any]) -> None:
-        body = (await self._queues.answer(operation, asked)).encode()
-        self._transport.write(
-            b"HTTP/1.1 200 OK\r\nContent-Type: application/x-amz-json-1.0\r\n"
-            b"x-amzn-RequestId: 0\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
-        )
-
-
-async def serve() -> None:
-    """Serve for ever."""
-    queues = Queues()
-    server = await asyncio.get_running_loop().create_server(lambda: Connection(queues), "127.0.0.1", 0)
-    queues.port = server.sockets[0].getsockname()[1]
-    print(queues.port, flush=True)
-    await server.serve_forever()
-
-
 if __name__ == "__main__":
-    asyncio.run(serve())
+    queues = Queues()
+    asyncio.run(serve(queues.answer, port=queues.reached_by))

@@ -106,24 +106,26 @@ def lane_of() -> Lane:
     return lane
 
 
-def invoke(folder: Path, deadline: float) -> tuple[int, float, dict[str, Any]]:
-    """The same event again and again, until its run is over: how often, the longest, and its report."""
+def invoke(
+    lane: Lane, folder: Path, deadline: float, **environment: str
+) -> tuple[int, float, dict[str, Any]]:
+    """The same event again and again, until its run is over: how often, the longest, and its report. The log
+    lies in `folder`."""
     from flowlane.aws_lambda.function import Function
     from flowlane.errors import Retryable
 
-    lane = lane_of()
     event = {"specversion": "1.0", "id": "1", "source": "bench", "type": "go", "data": {}}
     longest = 0.0
-    with Function(
-        lambda settings: lane, environment={"FLOWLANE_BACKEND": f"sqlite:///{folder / 'log.db'}"}
-    ) as function:
+    environment = {"FLOWLANE_BACKEND": f"sqlite:///{folder / 'log.db'}", **environment}
+    with Function(lambda settings: lane, environment=environment) as function:
         for number in range(1, _MOST):
             began = time.monotonic()
             try:
                 report = function(event, Remaining(deadline))
             except Retryable as error:
-                print(f"    {number}: {time.monotonic() - began:.1f} s: {error}", file=sys.stderr)
-                longest = max(longest, time.monotonic() - began)
+                seconds = time.monotonic() - began
+                print(f"    {number}: {seconds:.1f} s, {peak_mb():.0f} MB: {error}", file=sys.stderr)
+                longest = max(longest, seconds)
                 continue
             return number, max(longest, time.monotonic() - began), report
     raise AssertionError("it does not get on")
@@ -139,7 +141,7 @@ def main(kind: str, endpoint: str, size: int, deadline: float, scratch: Path) ->
     if kind == "ministack":
         asyncio.run(prepare(size))
     began, cpu = time.perf_counter(), time.process_time()
-    invocations, longest, report = invoke(folder, deadline)
+    invocations, longest, report = invoke(lane_of(), folder, deadline)
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     peak = peak_mb()
     assert (report["outcome"], report["units"]["settled"]) == ("settled", 1), report

@@ -8,7 +8,6 @@ the count of rows and the sum of their numbers.
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 import sys
 import time
@@ -19,13 +18,12 @@ from typing import Any
 
 from benchmarks import zips
 from benchmarks.harness import Bar, Candidate, Case, peak_mb, python
-from benchmarks.stores import Remaining
+from benchmarks.stores import invoke
 from benchmarks.zip_server import serving
 
 SIZE = 20_000_000_000
 DEADLINE = 60.0
 LEAST = 3.0
-_MOST = 40
 
 
 @contextmanager
@@ -82,36 +80,14 @@ def lane_of(url: str, to: str) -> Any:
     return lane
 
 
-def invoke(lane: Any, folder: Path, deadline: float) -> tuple[int, float, dict[str, Any]]:
-    """The same event again and again, until its run is over: how often, the longest, and its report."""
-    from flowlane.aws_lambda.function import Function
-    from flowlane.errors import Retryable
-
-    event = {"specversion": "1.0", "id": "1", "source": "bench", "type": "go", "data": {}}
-    longest = 0.0
-    backend = {"FLOWLANE_BACKEND": f"sqlite:///{folder / 'log.db'}", "FLOWLANE_ALLOW_PRIVATE_HOSTS": "1"}
-    with Function(lambda settings: lane, environment=backend) as function:
-        for number in range(1, _MOST):
-            began = time.monotonic()
-            try:
-                report = function(event, Remaining(deadline))
-            except Retryable as error:
-                seconds = time.monotonic() - began
-                print(f"    {number}: {seconds:.1f} s, {peak_mb():.0f} MB: {error}", file=sys.stderr)
-                longest = max(longest, seconds)
-                continue
-            return number, max(longest, time.monotonic() - began), report
-    raise AssertionError("it does not get on")
-
-
 def main(url: str, size: int, rows: int, total: int, deadline: float, scratch: Path) -> dict[str, float]:
     """The candidate, in this process."""
     folder = scratch / f"resume-{time.monotonic_ns()}"
     folder.mkdir()
-    os.environ["FLOWLANE_ALLOW_PRIVATE_HOSTS"] = "1"
     table = folder / "rows.db"
     began, cpu = time.perf_counter(), time.process_time()
-    invocations, longest, report = invoke(lane_of(url, f"sqlite:///{table}?table=rows"), folder, deadline)
+    lane = lane_of(url, f"sqlite:///{table}?table=rows")
+    invocations, longest, report = invoke(lane, folder, deadline, FLOWLANE_ALLOW_PRIVATE_HOSTS="1")
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     assert (report["outcome"], report["units"]["settled"]) == ("settled", 1), report
     assert longest <= deadline, f"an invocation took {longest:.1f} s"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
-from benchmarks.harness import python
+from benchmarks.responder import started
 from benchmarks.zips import Layout
 
 _RANGE = re.compile(rb"(?i)range: *bytes=(\d*)-(\d*)")
@@ -25,13 +24,8 @@ _RANGE = re.compile(rb"(?i)range: *bytes=(\d*)-(\d*)")
 @contextmanager
 def serving(layout: Layout) -> Iterator[str]:
     """The URL of the archive on a running server."""
-    command = python("zip_server", *chain.from_iterable(layout))
-    with subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        try:
-            yield f"http://127.0.0.1:{int(process.stdout.readline())}/archive.zip"
-        finally:
-            process.kill()
+    with started("zip_server", *chain.from_iterable(layout)) as endpoint:
+        yield f"{endpoint}/archive.zip"
 
 
 class Parts:

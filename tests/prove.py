@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import logging
 import random
 import sys
 import time
@@ -25,15 +26,19 @@ from flowlane import CsvFormat, FlowlaneError, events
 from flowlane.aws_lambda import objects
 from flowlane.aws_lambda.payload import batch
 from flowlane.aws_lambda.wanted import understand, understand_direct
+from flowlane.backends.memory import MemoryBackend
 from flowlane.streams import kpl
 from flowlane.streams.csvrows import CsvRows
 from flowlane.streams.inflate import decoder
 from flowlane.streams.jsonrows import JsonRows
+from flowlane.testing.channels import ShardedBackend
 from flowlane.testing.faults import MODES
 from flowlane.testing.simulator import Tally, again, campaign
 from tests.aws_lambda.aggregate import aggregate
 from tests.kills.campaign import Campaign
+from tests.kills.channel import ChannelCampaign
 from tests.kills.drops import DropsCampaign
+from tests.simulation.channel_scene import scene
 from tests.simulation.crashes import SCENES, calm, crash
 from tests.streams.zip.fuzz import apart
 
@@ -75,6 +80,18 @@ def _campaign(first: int, seconds: float) -> Tally:
     return campaign(range(first, first + _CHUNK_SEEDS), seconds=seconds)
 
 
+def channels(seconds: float) -> str:
+    """Change records through channels and streams of shards, in trouble, from a random seed on."""
+    logging.getLogger("flowlane").setLevel(logging.ERROR)
+    seed, end, done = random.SystemRandom().randrange(10**9), time.monotonic() + seconds, 0
+    while time.monotonic() < end:
+        for backend in (MemoryBackend, ShardedBackend):
+            wrong, _ = scene(seed + done, backend)
+            assert not wrong, f"scene({seed + done}, {backend.__name__}): {wrong}"
+        done += 1
+    return f"{done:,} seeds: every change applied once and in order"
+
+
 def crash_pairs(seconds: float) -> str:
     """Crash points in pairs: the second one often hits what sees to the first."""
     with ProcessPoolExecutor(_PROCESSES, mp_context=get_context("spawn")) as pool:
@@ -111,6 +128,15 @@ def drop_kills(seconds: float) -> str:
         killing.run(kills=10**9, seconds=0.7 * seconds)  # as above
         killed = f"{sum(killing.hits.values()):,} kills {dict(killing.hits)}"
         return f"{killed}, {killing.drops:,} drops: tables as loaded in order"
+
+
+def channel_kills(seconds: float) -> str:
+    """kill -9 of three workers that apply the records of a stream, while one of its shards is split."""
+    with TemporaryDirectory() as folder:
+        records = int(5_000 * seconds)
+        killing = ChannelCampaign(Path(folder), records, keys=10_000, seed=random.randrange(10**9))
+        killing.run(timeout=10 * seconds + 60)
+        return f"{records:,} records, {killing.kills} kills: applied in order, once in effect"
 
 
 def archives(seconds: float) -> str:
@@ -202,9 +228,11 @@ JUNK: Sequence[tuple[str, bytes, Callable[[bytes], object]]] = (
 #: Every proof, and its share of the time.
 PROOFS: Sequence[tuple[Proof, float]] = (
     (seeds, 3.0),
+    (channels, 0.5),
     (crash_pairs, 1.0),
     (kills, 1.5),
     (drop_kills, 1.0),
+    (channel_kills, 0.5),
     (fuzz, 0.5),
     (archives, 0.5),
 )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +17,9 @@ from typing import Literal
 ROOT = Path(__file__).parents[1]
 #: ``make setup`` puts them here: they want another botocore than aioboto3 does.
 PROGRAMS = ROOT / ".venv-servers" / "bin"
+
+#: And one for node there, where there is node.
+KINESALITE = ROOT / ".venv-servers" / "node" / "node_modules" / "kinesalite"
 
 #: What the SDK needs to talk to a stand-in: signatures are made, and not checked.
 CREDENTIALS = {
@@ -39,11 +44,16 @@ def environment(endpoint: str) -> Mapping[str, str]:
 
 
 @contextmanager
-def server(kind: Literal["ministack", "moto"], log: Path | None = None) -> Iterator[str]:
+def server(kind: Literal["ministack", "moto", "kinesalite"], log: Path | None = None) -> Iterator[str]:
     """A new, empty stand-in, as its endpoint; killed with the context."""
     port = free_port()
     endpoint = f"http://127.0.0.1:{port}"
-    if kind == "ministack":
+    if kind == "kinesalite":
+        # How long streams take to be made and shards to be split: half a second each otherwise.
+        times = "{createStreamMs: 20, updateStreamMs: 20, deleteStreamMs: 20, shardLimit: 100}"
+        script = f"require({str(KINESALITE)!r})({times}).listen({port}, '127.0.0.1')"
+        command, ready = ["node", "-e", script], endpoint
+    elif kind == "ministack":
         command, ready = [str(PROGRAMS / "ministack")], f"{endpoint}/_ministack/health"
     else:
         command = [str(PROGRAMS / "moto_server"), "-H", "127.0.0.1", "-p", str(port)]
@@ -65,6 +75,11 @@ def server(kind: Literal["ministack", "moto"], log: Path | None = None) -> Itera
             process.wait()
 
 
+def has_kinesalite() -> bool:
+    """Whether there is what ``server("kinesalite")`` starts."""
+    return KINESALITE.is_dir() and shutil.which("node") is not None
+
+
 def reset(endpoint: str) -> None:
     """Forget all that a stand-in holds, MiniStack or moto."""
     for path in ("/_ministack/reset", "/moto-api/reset"):
@@ -84,6 +99,10 @@ def _await_answer(url: str, process: subprocess.Popen[bytes]) -> None:
         try:
             with urllib.request.urlopen(url, timeout=5):
                 return
+        except urllib.error.HTTPError as error:
+            if error.code < 500:
+                return  # it is there, and wants to be asked otherwise
+            time.sleep(0.02)
         except OSError:
             time.sleep(0.02)
     raise RuntimeError(f"{url} did not answer within 30 s")

@@ -50,8 +50,10 @@ FORBIDDEN = {
 
 #: Who may all the same, and why: (module, call) -> reason.
 ALLOWED = {
+    ("backends/common.py", "asyncio.sleep"): "a long put gives way: no time passes",
     ("backends/memory.py", "asyncio.sleep"): "an iteration gives way: no time passes",
     ("pump.py", "asyncio.ensure_future"): "Pump.until owns what it is given, and cancels and awaits it",
+    ("conveyor.py", "asyncio.create_task"): "close cancels and awaits what waits for the next batch",
     ("pump.py", "asyncio.create_task"): "the keeper of the slots cancels and awaits them, up to the deadline",
     ("connectors/hop.py", "asyncio.ensure_future"): "a hop is shielded from cancellation and awaited",
     ("aws_lambda/function.py", "asyncio.Runner"): "one loop for the process, kept between invocations",

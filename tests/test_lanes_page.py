@@ -20,9 +20,13 @@ def test_everything_that_a_stage_may_do_has_a_row() -> None:
     assert named == {name for name in vars(Context) if not name.startswith("_")}
 
 
-def test_the_lane_with_an_order_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("via", ["queue", "channel"])
+def test_the_lane_with_an_order_key(via: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("lane.py").write_text(PAGE.split("```python\n")[3].split("```")[0])
+    code, by_channel = (part.split("```")[0] for part in PAGE.split("```python\n")[3:5])
+    if via == "channel":
+        code = code[: code.index("@lane.stage(on=OrderChanged")] + by_channel
+    Path("lane.py").write_text(code)
     result = CliRunner().invoke(cli, ["run", "lane.py"])
     assert result.exit_code == 0, result.output
     applied = re.findall(r"apply (\w+) (\d)", result.output)

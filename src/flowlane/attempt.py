@@ -34,7 +34,6 @@ from flowlane.ports import (
     Committed,
     Delivery,
     ObjectInfo,
-    Publish,
     Rows,
     Store,
     Tally,
@@ -330,11 +329,11 @@ class Attempt:
         self, own: Event, tally: Sequence[Tally], *, ack: Delivery | None = None, again: float = -1.0
     ) -> Commit:
         if not self._findings:
-            publish = (Publish(own, self.handling.queue, again),) if again >= 0 else ()
+            publish = (self.handling.publish(own, again),) if again >= 0 else ()
             return Commit((Append(own.subject, self.version, (own,)),), publish, tally, ack)
         appends, published, tallies = self._findings.actions(self, own)
         if again >= 0:
-            published.append(Publish(own, self.handling.queue, again))
+            published.append(self.handling.publish(own, again))
         return Commit(appends, published, (*tally, *tallies), ack)
 
     # ------------------------------------------------------------------ ending
@@ -416,7 +415,7 @@ class Attempt:
         return msgspec.structs.replace(
             commit,
             appends=[*commit.appends, Append(told.subject, 0, (told,))],
-            publish=[*commit.publish, Publish(told, handling.queue)],
+            publish=[*commit.publish, handling.publish(told)],
         )
 
     @property

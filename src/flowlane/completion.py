@@ -12,7 +12,7 @@ from flowlane import events
 from flowlane.errors import VersionConflict
 from flowlane.events import Event
 from flowlane.lane import Completed, Notify, Unit, stream_of
-from flowlane.ports import Append, Commit, Committed, Publish
+from flowlane.ports import Append, Commit, Committed
 from flowlane.report import build_report
 from flowlane.state import Progress, RunTally, failure, progress, status
 
@@ -115,7 +115,7 @@ async def _completion(engine: Engine, head: Event, now: Progress, ended: dict[in
             told = unit(run=head.subject, round=now.opened, outcome=report.outcome, report=now.report)
             first = notice(engine, kind, told, own, handling)
             appends.append(Append(first.subject, 0, (first,)))
-            publish.append(Publish(first, handling.queue))
+            publish.append(handling.publish(first))
     return Commit(appends, publish)
 
 

@@ -107,7 +107,7 @@ class Findings:
         )
         if len(child.data) > events.SURELY_FITS:
             events.encode(child)  # refused now, by name, rather than with all that is committed along with it
-        self.children[stream] = Publish(child, handling.queue, 0.0, False, group)
+        self.children[stream] = handling.publish(child)
 
     async def conclude(self, attempt: Attempt, fact: Fact) -> None:
         """Take the fact that the handler of `attempt` yielded."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -27,6 +27,7 @@ from flowlane.errors import ConfigError, Fenced, Permanent, Retryable, Supersede
 from flowlane.events import Event
 from flowlane.handling import Handling
 from flowlane.lane import Fact, Lane, Stage, Trigger, stream_of
+from flowlane.marks import Marks
 from flowlane.ports import (
     Append,
     Backend,
@@ -34,7 +35,6 @@ from flowlane.ports import (
     Committed,
     Connections,
     Delivery,
-    Publish,
 )
 from flowlane.state import status
 from flowlane.turns import WAITS, Turns
@@ -93,6 +93,7 @@ class Engine:
                 self._queues[stage.queue] = self._types[lane.name, stage.on] = handling
         self._prefix = clock.token()
         self.turns = Turns()
+        self.marks: defaultdict[str, Marks] = defaultdict(Marks)  #: by channel
         self.changes: deque[dict[str, str]] = deque(maxlen=_CHANGES)  #: see ``note_change``
         self._busy: dict[str, int] = {}  # how many attempts of a unit are under way here
         self._count = 0
@@ -187,7 +188,7 @@ class Engine:
             1,
             _attribute(event, "traceparent"),
         )
-        opening = Commit((Append(run, 0, (first,)),), (Publish(first, handling.stage.queue),))
+        opening = Commit((Append(run, 0, (first,)),), (handling.publish(first),))
         try:
             result = await self.commit(opening)
         except Retryable as error:

@@ -45,6 +45,16 @@ UNIT_DEAD: Final = "unit.dead"
 UNIT_REDRIVEN: Final = "unit.redriven"
 RUN_COMPLETED: Final = "run.completed"
 RUN_REDRIVEN: Final = "run.redriven"
+RECORD_PARKED: Final = "record.parked"
+
+# The types of the events in a lease's stream (``shards.leases``): facts, owed to no stage.
+SHARD_TAKEN: Final = "shard.taken"
+SHARD_SETTLED: Final = "shard.settled"
+SHARD_HELD: Final = "shard.held"
+SHARD_WANTED: Final = "shard.wanted"
+SHARD_RELEASED: Final = "shard.released"
+SHARD_ENDED: Final = "shard.ended"
+SHARD_REWOUND: Final = "shard.rewound"
 
 LANE_TRIGGERED: Final = "lane.triggered"
 LANE_COMPLETED: Final = "lane.completed"

@@ -11,7 +11,7 @@ from flowlane import events
 from flowlane.errors import ConfigError, Permanent
 from flowlane.events import Event
 from flowlane.lane import Stage, shortened
-from flowlane.ports import Tally
+from flowlane.ports import Publish, Tally
 
 
 class Handling:
@@ -30,6 +30,7 @@ class Handling:
         "order",
         "queue",
         "stage",
+        "via",
     )
 
     def __init__(self, stage: Stage, chunk: int) -> None:
@@ -38,6 +39,7 @@ class Handling:
         self.name = stage.name
         self.queue = stage.queue
         self.order = stage.order
+        self.via = stage.via
         self.counted = stage.counted
         self.handler = stage.handler
         self._settled = (Tally("", 0, stage.name, 0, 1),)
@@ -57,6 +59,11 @@ class Handling:
         if not self.order:
             return ""
         return head.partitionkey or shortened(head.subject)
+
+    def publish(self, event: Event, delay: float = 0.0, *, repeat: bool = False) -> Publish:
+        """What `event`, the last one of a unit that its stage is owed, is published by."""
+        group = self.group(event) if self.order else ""
+        return Publish(event, self.queue, delay, repeat, group, self.via)
 
     def settled(self, run: str, round: int) -> tuple[Tally, ...]:
         """What a unit that settles without records adds to its run's counters: the same for all of them."""

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, date, datetime
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 from urllib.parse import quote
 
 import msgspec
@@ -18,7 +18,7 @@ import msgspec
 from flowlane import events
 from flowlane.errors import BadRecord, ConfigError, Permanent
 from flowlane.events import Upcaster
-from flowlane.ports import Cut
+from flowlane.ports import Cut, Via
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|w)")
@@ -320,10 +320,11 @@ class Stage:
     handler: Handler
     policy: Policy
     order: tuple[str, ...] = ()  #: the order key: fields of the unit
+    via: Via = "queue"  #: what carries its deliveries
 
     @property
     def queue(self) -> str:
-        """The name under which the backend queues its deliveries."""
+        """The name of the queue, or of the channel, that carries its deliveries."""
         return f"{self.lane}/{self.name}"
 
     @property
@@ -381,18 +382,25 @@ class Lane:
             self._add(Stage("notify", self.name, events.LANE_NOTIFY, Notify, _notify, policy))
 
     def stage(
-        self, *, on: Any, name: str | None = None, order: str | Sequence[str] = (), **policy: Any
+        self,
+        *,
+        on: Any,
+        name: str | None = None,
+        order: str | Sequence[str] = (),
+        via: Via = "queue",
+        **policy: Any,
     ) -> Callable[[H], H]:
         """Subscribe the decorated ``async def handler(event, ctx)`` to units of the type `on`, or to
         ``lane.triggered``, ``completed``, ``failed`` or ``dead``. Keywords override the lane's policy.
 
         The handler may be a coroutine, or an async generator that yields the units it finds. ``order`` names
         the field (or fields) of the unit that are its order key: units with the same value are handled one
-        after the other, in the order in which they were registered; others beside them.
+        after the other, in the order in which they were registered; others beside them. ``via="channel"``
+        has them carried by the backend's ordered channel instead of its queue, by their order key.
 
         Raises:
-            ConfigError: the type has a stage already, a keyword is no part of the policy, or the unit has no
-                field that ``order`` names.
+            ConfigError: the type has a stage already, a keyword is no part of the policy, the unit has no
+                field that ``order`` names, or a channel is wanted without an order key.
         """
         unit: Any = _OWN.get(on) if isinstance(on, str) else on
         if unit is None or not (isinstance(unit, type) and issubclass(unit, Unit)) or issubclass(unit, Fact):
@@ -406,6 +414,7 @@ class Lane:
                 "whose streams are the engine's own: rename the class or give it a type="
             )
         key = self._order_key(on, unit, order)
+        self._check_via(on, key, via)
         known = {f.name for f in fields(Policy)}
         unknown = sorted(set(policy) - known)
         if unknown:
@@ -426,6 +435,7 @@ class Lane:
                 handler=handler,
                 policy=replace(self.policy, **policy),
                 order=key,
+                via=via,
             )
             self._add(stage)
             return handler
@@ -438,7 +448,7 @@ class Lane:
             raise ConfigError(
                 f"lane {self.name}: order= is for stages on a Unit class, and {on} is none: leave it out"
             )
-        known = [field.name for field in msgspec.structs.fields(unit)]
+        known = unit.__struct_fields__
         for name in key:
             if name not in known:
                 raise ConfigError(
@@ -446,6 +456,16 @@ class Lane:
                     f"name one (or several) of {', '.join(known) or 'its fields, once it has some'} in order="
                 )
         return key
+
+    def _check_via(self, on: Any, order: tuple[str, ...], via: str) -> None:
+        if via not in get_args(Via):
+            raise ConfigError(f'lane {self.name}: via={via!r}: write via="queue" or via="channel"')
+        if via == "channel" and not order:
+            what = f"{on} is none: leave it out" if isinstance(on, str) else "name its field in order="
+            raise ConfigError(
+                f'lane {self.name}: via="channel" is for stages on a Unit class with an order key, by which '
+                f"the channel keeps their order: {what}"
+            )
 
     def _add(self, stage: Stage) -> None:
         for other in self.stages:

@@ -37,7 +37,12 @@ async def bury(engine: Engine, lane: str) -> int:
     """
     if engine.backend.exact_queue:
         return 0
-    queues = [queue for queue, handling in engine.queues.items() if handling.stage.lane == lane]
+    # What a channel carries is not given up: the log counts the attempts.
+    queues = [
+        queue
+        for queue, handling in engine.queues.items()
+        if handling.stage.lane == lane and handling.via == "queue"
+    ]
     died = 0
     try:
         letters = await engine.backend.given_up(queues, LIMIT)

@@ -11,10 +11,12 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from types import TracebackType
 
 from flowlane.attempt import Attempt, Outcome
 from flowlane.committer import lasting, ordinary
+from flowlane.conveyor import Conveyor
 from flowlane.deadline import Deadline, Interrupted
 from flowlane.engine import Engine, describe
 from flowlane.errors import ConfigError, Fenced, Retryable
@@ -83,6 +85,7 @@ class _Station:
         self.renewal: asyncio.Task[None] | None = None
         self.settled = 0
         self.since = 0.0
+        self.conveyor: Conveyor | None = None  # where a channel brings its deliveries
 
     def feed(self, deliveries: Sequence[Delivery], now: float) -> None:
         """Put deliveries into the buffer and wake as many slots."""
@@ -98,6 +101,8 @@ class _Station:
         """The delivery is settled, one way or the other: there is room for another."""
         if self.held.pop(id(delivery), None) is not None:
             self.settled += 1
+        if self.conveyor is not None:
+            self.conveyor.released(delivery)
         room = self.room
         if room is not None and not room.done() and len(self.held) * 2 <= self.target:
             room.set_result(None)
@@ -158,13 +163,14 @@ class Pump:
     async def _open(self) -> AsyncIterator[None]:
         committer = self.engine.committer
         committer.on_ended, committer.deadline = self._ended, self.deadline
-        async with committer, asyncio.TaskGroup() as tasks:
+        async with self._conveying() as conveyors, committer, asyncio.TaskGroup() as tasks:
             keeper = tasks.create_task(self._keep_slots(), name="flowlane-slots")
             for station in self._stations.values():
                 if self._receiving:
                     receive = lasting(self._receive, station)
                     self._receivers.append(tasks.create_task(receive, name=f"receive {station.queue}"))
-            watch = tasks.create_task(lasting(self._watch), name="flowlane-watch")
+            watch = [tasks.create_task(lasting(self._watch), name="flowlane-watch")]
+            watch += [tasks.create_task(lasting(each.tend), name="flowlane-holds") for each in conveyors]
             try:
                 yield
                 returning = tasks.create_task(self._close(), name="flowlane-return")
@@ -172,8 +178,30 @@ class Pump:
                 if not await self.deadline.wait(self.engine.clock, [returning]):
                     returning.cancel()  # the queue is away; their leases run out
             finally:
-                for task in (watch, *self._receivers):
+                for task in (*watch, *self._receivers):
                     task.cancel()
+
+    @asynccontextmanager
+    async def _conveying(self) -> AsyncIterator[Sequence[Conveyor]]:
+        """The conveyors of the stages that have one. What they hold is let go when nothing is at work any
+        more and the last commits are through."""
+        conveyors: list[Conveyor] = []
+        for station in self._stations.values():
+            if self._receiving and station.handling.via == "channel":
+                station.conveyor = Conveyor(self.engine, station.handling, partial(self._lost, station))
+                conveyors.append(station.conveyor)
+        try:
+            yield conveyors
+        finally:
+            closing = [asyncio.create_task(each.close(), name="flowlane-close") for each in conveyors]
+            try:
+                await self.deadline.wait(self.engine.clock, closing)
+            finally:
+                for task in closing:
+                    task.cancel()  # log or channel are away: what is held is lost in a while
+                    task.add_done_callback(_failure)
+                if closing:
+                    await asyncio.wait(closing, timeout=0.05)
 
     async def _close(self) -> None:
         """Take nothing more, and give back what is not begun."""
@@ -281,15 +309,19 @@ class Pump:
                     station.room = None
                 continue
             try:
-                got = await self.engine.backend.receive(
-                    [station.queue], room, lease=station.lease, wait=self._poll
-                )
+                if station.conveyor is not None:
+                    got = await station.conveyor.receive(room, self._poll)
+                else:
+                    got = await self.engine.backend.receive(
+                        [station.queue], room, lease=station.lease, wait=self._poll
+                    )
             except ConfigError:  # the backend will never answer again: nothing is to be waited for
                 raise
             except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # the queue is away: wait, with jitter, and ask again
                 failures += 1
                 level = logging.WARNING if failures < _AWAY else logging.ERROR
-                logger.log(level, "queue %s does not answer: %s", station.queue, describe(ordinary(error)))
+                via, known = station.handling.via, describe(ordinary(error))
+                logger.log(level, "%s %s does not answer: %s", via, station.queue, known)
                 await clock.sleep(min(30.0, 0.1 * 2**failures) * (0.5 + clock.random() / 2))
                 continue
             failures = 0
@@ -454,6 +486,8 @@ class Pump:
         if now - slot.since < PATIENCE or station.held.pop(id(slot.delivery), None) is None:
             return
         assert slot.delivery is not None
+        if station.conveyor is not None:
+            station.conveyor.released(slot.delivery)
         if slot.attempt is not None:
             slot.attempt.lost = True
         logger.warning(
@@ -471,7 +505,7 @@ class Pump:
                 continue
             attempt.beat(now, station.lease / 2)
             if attempt.lost and slot.why is None:
-                self._lost(station, delivery, now)
+                self._lost(station, delivery)
 
     async def _renew(self, station: _Station, due: Sequence[Delivery], now: float) -> None:
         try:
@@ -487,9 +521,10 @@ class Pump:
             if answer is True:
                 station.held[id(delivery)] = (delivery, now)
             elif answer is False:
-                self._lost(station, delivery, self.engine.clock.monotonic())
+                self._lost(station, delivery)
 
-    def _lost(self, station: _Station, delivery: Delivery, now: float) -> None:
+    def _lost(self, station: _Station, delivery: Delivery) -> None:
+        now = self.engine.clock.monotonic()
         for place, waiting in enumerate(station.buffer):
             if waiting is delivery:
                 del station.buffer[place]

@@ -42,7 +42,7 @@ async def dead_units(backend: Backend, lane: str) -> AsyncIterator[Event]:
             early.add(head.subject)
             yield head
     async for head in backend.units(lane, "dead"):
-        if head.subject not in early:
+        if head.subject not in early and head.type != events.RECORD_PARKED:
             yield head
 
 
@@ -68,6 +68,12 @@ async def redrive(engine: Engine, lane: str, units: Sequence[str] = ()) -> Redri
     for head in sorted(found, key=lambda head: head.time):
         by_run.setdefault(head.run, []).append(head)
     missing = wanted - {head.subject for head in found}
+    for stream, head in (await engine.backend.last(sorted(missing))).items():
+        if head.type == events.RECORD_PARKED:
+            raise ConfigError(
+                f"{stream} is a record of channel {lane}/{head.stage} that was passed over, and no unit: it "
+                "cannot be redriven; put it right where it came from, and have it put again"
+            )
     if missing:
         raise ConfigError(f"{min(missing)} is not a dead unit of lane {lane}: `flowlane dead` lists them")
     done = Redriven()
@@ -207,8 +213,8 @@ def _revived(engine: Engine, head: Event, now: Progress, number: int) -> Event:
 
 def _owed(engine: Engine, revived: Event) -> Publish:
     handling = engine.handling_of(revived)
-    group = handling.group(revived) if handling else ""
-    return Publish(revived, f"{revived.source}/{revived.stage}", group=group)
+    assert handling is not None, "what no stage handles was skipped"
+    return handling.publish(revived)
 
 
 def _event(engine: Engine, kind: str, head: Event, number: int, now: Progress) -> Event:

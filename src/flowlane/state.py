@@ -120,6 +120,7 @@ _STATUS: dict[str, Status] = {
     events.UNIT_SKIPPED: "skipped",
     events.UNIT_SUPERSEDED: "superseded",
     events.UNIT_DEAD: "dead",
+    events.RECORD_PARKED: "dead",
 }
 _ENGINE = frozenset(
     {
@@ -139,6 +140,7 @@ _ENGINE = frozenset(
         events.UNIT_REDRIVEN,
         events.RUN_COMPLETED,
         events.RUN_REDRIVEN,
+        events.RECORD_PARKED,
     }
 )
 

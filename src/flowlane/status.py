@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
+from flowlane import events
 from flowlane.engine import Engine
 from flowlane.events import Event
 from flowlane.handling import payload
@@ -31,7 +32,8 @@ class LogView:
     async def dead(self) -> AsyncIterator[tuple[str, str]]:
         """Each dead unit's stream, and its reason."""
         async for head in self._engine.backend.units(self._lane, "dead"):
-            yield head.subject, progress(head).reason
+            if head.type != events.RECORD_PARKED:
+                yield head.subject, progress(head).reason
 
     async def open(self) -> AsyncIterator[str]:
         """Each open unit's stream."""
@@ -39,11 +41,11 @@ class LogView:
             yield head.subject
 
 
-def causal_order(events: list[Event]) -> list[tuple[int, Event]]:
+def causal_order(history: list[Event]) -> list[tuple[int, Event]]:
     """The events of a run as a tree, flattened: depth and event, children after what caused them."""
     children: dict[str, list[Event]] = {}
-    known = {event.id for event in events}
-    for event in events:
+    known = {event.id for event in history}
+    for event in history:
         children.setdefault(event.cause if event.cause in known else "", []).append(event)
     ordered: list[tuple[int, Event]] = []
     pending = [(0, event) for event in reversed(children.get("", []))]

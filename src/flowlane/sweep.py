@@ -9,13 +9,16 @@ from __future__ import annotations
 import logging
 from datetime import datetime
 from functools import partial
+from math import inf
 
 import msgspec
 
 from flowlane.completion import complete
+from flowlane.conveyor import CONSUMER
 from flowlane.engine import Engine
-from flowlane.errors import FlowlaneError, Retryable
+from flowlane.errors import ConfigError, FlowlaneError, Permanent, Retryable
 from flowlane.events import Event
+from flowlane.handling import Handling
 from flowlane.lane import Stage
 from flowlane.letters import bury
 from flowlane.ports import Commit, Publish
@@ -58,6 +61,7 @@ async def sweep(engine: Engine, lane: str, *, thorough: bool = False) -> Swept:
     try:
         swept.resent = await engine.backend.resend(lane)
         swept.died = await bury(engine, lane)
+        silent = _Silent(engine)
         patience = None if thorough else partial(_patience, engine)
         async for head in engine.backend.units(lane, "open", patience):
             swept.open += 1
@@ -65,9 +69,8 @@ async def sweep(engine: Engine, lane: str, *, thorough: bool = False) -> Swept:
                 swept.completed += await _complete(engine, head)
             elif (handling := engine.handling_of(head)) is None:
                 swept.stranded[head.stage] = swept.stranded.get(head.stage, 0) + 1
-            elif _is_due(engine, head, handling.stage):
-                group = handling.group(head)
-                owed.append(Publish(head, handling.stage.queue, repeat=True, group=group))
+            elif await silent.is_due(head, handling):
+                owed.append(handling.publish(head, repeat=True))
             if len(owed) == _GROUP:
                 swept.requeued += await _publish(engine, owed)
                 owed = []
@@ -104,11 +107,35 @@ async def _complete(engine: Engine, head: Event) -> bool:
         return False
 
 
-def _is_due(engine: Engine, head: Event, stage: Stage) -> bool:
-    """Whether the unit has been silent for too long; embedded queues know, and drop what they still hold."""
-    if engine.backend.exact_queue:
-        return True
-    return _age(engine, head) > _silence(head, stage)
+class _Silent:
+    """Which units have been silent for too long, in one sweep."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._passed: dict[str, float] = {}
+
+    async def is_due(self, head: Event, handling: Handling) -> bool:
+        """Whether the unit is to be queued again. Embedded queues know, and drop what they still hold; of a
+        channel it is known how far it is."""
+        if handling.via == "queue" and self._engine.backend.exact_queue:
+            return True
+        age = _age(self._engine, head)
+        if age <= _silence(head, handling.stage):
+            return False
+        return handling.via == "queue" or age - MARGIN > await self._behind(handling)
+
+    async def _behind(self, handling: Handling) -> float:
+        """Of the channel of that stage: all that was put more than so many seconds ago is settled."""
+        engine, queue = self._engine, handling.queue
+        if queue not in self._passed:
+            now = engine.clock.now().timestamp()
+            try:
+                lags = await engine.backend.channel(queue).lag(CONSUMER)
+            except (ConfigError, Permanent) as error:
+                logger.warning("channel %s cannot say how far it is, nothing is put again: %s", queue, error)
+                return inf
+            self._passed[queue] = now - engine.marks[queue].passed(lags, now)
+        return self._passed[queue]
 
 
 def _silence(head: Event, stage: Stage) -> float:

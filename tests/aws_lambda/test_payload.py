@@ -68,8 +68,8 @@ def test_what_one_kinesis_record_holds_together_are_messages_of_its_name() -> No
     assert found.messages == [
         Message("7", b"{}"),
         Message("8", b"1", "a"),
-        Message("8", b"2", "b"),
-        Message("8", b"3", "a"),
+        Message("8", b"2", "b", sub=1),
+        Message("8", b"3", "a", sub=2),
         Message("7", b"{}"),
     ]
     assert found.sequences() == [[0, 4], [1, 3], [2]]
@@ -118,6 +118,48 @@ def test_the_queue_is_told() -> None:
     found = batch({"Records": [SQS]})
     assert found is not None
     assert found.queue == "arn:q"
+
+
+@pytest.mark.parametrize(
+    ("arn", "stream"),
+    [
+        ("arn:aws:kinesis:eu-west-1:123456789012:stream/prod-orders.load", "prod-orders.load"),
+        ("arn:aws-cn:kinesis:cn-north-1:1:stream/a/consumer/b:1700000000", "a"),
+        ("arn:aws:dynamodb:eu-west-1:1:table/a/stream/b", ""),
+        ("stream/a", ""),
+        (None, ""),
+    ],
+)
+def test_the_stream_is_told_by_its_name(arn: str | None, stream: str) -> None:
+    found = batch({"Records": [{**KINESIS, "eventSourceARN": arn}]})
+    assert found is not None
+    assert found.stream == stream
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("shardId-000000000017:49590338", 17), ("shardId-x:1", 0), ("17:1", 0), (None, 0)]
+)
+def test_the_shard_is_told_by_its_number(name: str | None, number: int) -> None:
+    found = batch({"Records": [{**KINESIS, "eventID": name}]})
+    assert found is not None
+    assert [message.partition for message in found.messages] == [number]
+
+
+def test_a_record_that_comes_alone_may_have_come_before() -> None:
+    def attempts(*sequences: str, data: str = "e30=") -> list[int]:
+        inner = {"partitionKey": "k", "data": data}
+        records = [{**KINESIS, "kinesis": {**inner, "sequenceNumber": each}} for each in sequences]
+        found = batch({"Records": records})
+        assert found is not None
+        return [found.attempt(index) for index in range(len(found.messages))]
+
+    packed = base64.b64encode(aggregate(("a", b"1"), ("b", b"2"))).decode()
+    assert attempts("7") == [2]
+    assert attempts("7", "8") == [1, 1]
+    assert attempts("7", data=packed) == [2, 2], "no mapping can split them off"
+    message = batch({"Records": [{**SQS, "attributes": {"ApproximateReceiveCount": "3"}}]})
+    assert message is not None
+    assert message.attempt(0) == 3
 
 
 def test_no_records_are_an_empty_batch_and_no_key_is_no_batch() -> None:

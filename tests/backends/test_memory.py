@@ -11,6 +11,7 @@ from flowlane.errors import ConfigError
 from flowlane.ports import Environment
 from flowlane.testing.backend_model import Storage
 from flowlane.testing.backend_suite import BackendSuite
+from flowlane.testing.carried_suite import CarriedSuite
 from flowlane.testing.channel_suite import ChannelSuite
 from flowlane.testing.manual import ManualClock
 from flowlane.testing.units import applied, discover, found
@@ -23,6 +24,10 @@ class MemoryStorage:
 
 
 class TestBackend(MemoryStorage, BackendSuite):
+    pass
+
+
+class TestCarried(MemoryStorage, CarriedSuite):
     pass
 
 

@@ -26,6 +26,7 @@ from flowlane.ports import Backend, ChannelRecord, Commit, Environment, Tally
 from flowlane.state import StageTally
 from flowlane.testing.backend_model import Opener, Storage
 from flowlane.testing.backend_suite import BackendSuite
+from flowlane.testing.carried_suite import CarriedSuite
 from flowlane.testing.channel_suite import ChannelSuite
 from flowlane.testing.manual import ManualClock
 from flowlane.testing.units import LANE, RUN, append, applied, discover, following, found, listed, within
@@ -50,6 +51,10 @@ class SqliteStorage:
 
 
 class TestBackend(SqliteStorage, BackendSuite):
+    pass
+
+
+class TestCarried(SqliteStorage, CarriedSuite):
     pass
 
 

@@ -27,6 +27,8 @@ SIZES = {
     "zip-late": 20,
     "zip-many": 20,
     "zip-resume": 16 << 20,
+    "channel-put": 300,
+    "channel-read": 300,
 }
 
 

@@ -55,8 +55,8 @@ class Fleet:
     def start(self, name: str) -> None:
         """Start the worker or the function of that name."""
         if name == "function":
-            variables = {**self._environment, "FLOWLANE_LANE": "kills_lane.py", "FLOWLANE_BACKEND": BACKEND}
-            function = RuntimeApi(HANDLER, self._folder, variables)
+            settings = {**self._environment, "FLOWLANE_LANE": "kills_lane.py", "FLOWLANE_BACKEND": BACKEND}
+            function = RuntimeApi(HANDLER, self._folder, settings)
             function.__enter__()
             self._function = function  # not before: the mapping's thread invokes what it finds here
             return
@@ -123,7 +123,7 @@ class AwsKiller:
         with ExitStack() as stack:
             endpoint = stack.enter_context(servers.server("ministack"))
             environment = {**servers.environment(endpoint), "FLOWLANE_ALLOW_PRIVATE_HOSTS": "1"}
-            stack.enter_context(_variables(environment))
+            stack.enter_context(variables(environment))
             asyncio.run(_make_bucket())
             (self.folder / "kills_lane.py").write_text(self.make_lane(stack))
             self._command("init", "kills_lane.py", "--backend", BACKEND)
@@ -192,7 +192,7 @@ class AwsCampaign(AwsKiller):
         assert lake == expected
 
 
-class _variables:
+class variables:
     """The environment of this process while the context is open."""
 
     def __init__(self, wanted: dict[str, str]) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import heapq
 import random
 from contextvars import copy_context
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
@@ -19,9 +19,13 @@ def test_the_private_names_of_asyncio_that_the_loop_uses_mean_what_they_meant() 
         handle = loop.call_soon(lambda: None)
         assert list(loop._ready) == [handle]  # type: ignore[attr-defined]  # this is what is guarded
         assert handle._context is not None  # type: ignore[attr-defined]  # as above
-        timers = [loop.call_at(when, lambda: None) for when in (3.0, 1.0, 2.0)]
-        scheduled = loop._scheduled  # type: ignore[attr-defined]  # as above
-        assert heapq.nsmallest(3, scheduled) == [timers[1], timers[2], timers[0]]
+        timer = loop.call_at(3.0, lambda: None)
+        timer.cancel()
+        assert timer.cancelled()
+        parts: Any = timer
+        assert (parts._callback, parts._args) == (None, None)
+        assert loop.get_debug() is False
+        assert loop._closed is False  # type: ignore[attr-defined]  # as above
         assert loop._stopping is False  # type: ignore[attr-defined]  # as above
         assert asyncio.BaseEventLoop._run_once is not VirtualLoop._run_once  # type: ignore[attr-defined]  # as above
     finally:

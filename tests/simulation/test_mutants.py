@@ -20,14 +20,16 @@ from flowlane import discovery as discovery_module
 from flowlane import landing as landing_module
 from flowlane.attempt import Attempt
 from flowlane.backends.memory import MemoryBackend
+from flowlane.conveyor import _Belt, _Line
 from flowlane.engine import Engine
 from flowlane.errors import VersionConflict
-from flowlane.ports import Append, Bad, Batch, Commit, Committed, Delivery, ObjectInfo, Publish
+from flowlane.ports import Append, Bad, Batch, Commit, Committed, Delivery, ObjectInfo, Publish, Via
 from flowlane.recipes import http_archive
 from flowlane.state import Position, Transfer
 from flowlane.testing import stores, tables
-from flowlane.testing.clock import VirtualLoop, run
-from flowlane.testing.faults import DIE_AFTER, DIE_BEFORE, CrashAt, Faults, Process
+from flowlane.testing.channels import ShardedBackend
+from flowlane.testing.clock import VirtualClock, VirtualLoop, run
+from flowlane.testing.faults import CANCEL, DIE_AFTER, DIE_BEFORE, CrashAt, Faults, Process
 from flowlane.testing.stores import Lake, Landing, Page
 from tests.simulation.lab import Lab
 
@@ -79,7 +81,7 @@ class Change(Unit, key=("customer", "n")):
     n: int
 
 
-def changing(process: Process) -> Sequence[Lane]:
+def changing(process: Process, via: Via = "queue") -> Sequence[Lane]:
     """Three changes of each of two customers, two of which fail at first."""
     lane = Lane("change", policy=POLICY)
 
@@ -89,7 +91,7 @@ def changing(process: Process) -> Sequence[Lane]:
             for customer in "ab":
                 yield Change(customer=customer, n=n)
 
-    @lane.stage(on=Change, order="customer")
+    @lane.stage(on=Change, order="customer", via=via)
     async def apply(event: Event, ctx: Context) -> None:
         change = event.data
         if (change.customer, change.n) in (("a", 0), ("b", 1)) and ctx.attempts_left == POLICY.retries:
@@ -104,6 +106,24 @@ def publish(lab: Lab, **page: Any) -> None:
     for hour, body in enumerate(BODIES):
         lab.world.web.publish(f"web://archive/2024-01-01-{hour}.json.gz", Page(data=body, block=4096, **page))
     lab.world.tables.publish("rows://drop", [RECORDS])
+
+
+def publish_changes(lab: Lab) -> None:
+    """The rows of each change of each customer."""
+    for customer in "ab":
+        for n in range(3):
+            rows = [{"customer": customer, "n": n, "row": row} for row in range(2)]
+            lab.world.tables.publish(f"rows://{customer}/{n}", [rows])
+
+
+def wrong_order(lab: Lab) -> list[str]:
+    """Where the rows of a customer do not stand in the table in the order of its changes."""
+    table = lab.world.tables.tables.get("table://changes")
+    found = []
+    for customer in "ab":
+        order = [row["n"] for row in table.rows if row["customer"] == customer] if table else []
+        found += [f"{customer}: {order}"] if order != [0, 0, 1, 1, 2, 2] else []
+    return found
 
 
 async def wrong(lab: Lab) -> list[str]:
@@ -288,17 +308,49 @@ def ordered() -> list[str]:
 
         async def main(loop: VirtualLoop) -> list[str]:
             lab = Lab(loop, changing)
-            for customer in "ab":
-                for n in range(3):
-                    rows = [{"customer": customer, "n": n, "row": row} for row in range(2)]
-                    lab.world.tables.publish(f"rows://{customer}/{n}", [rows])
+            publish_changes(lab)
             stuck = await lab.until_done(lab.process(faults), lab.run(), faults=faults)
-            rows = lab.world.tables.tables["table://changes"].rows
-            found = [stuck] if stuck else []
-            for customer in "ab":
-                order = [row["n"] for row in rows if row["customer"] == customer]
-                found += [f"{customer}: {order}"] if order != [0, 0, 1, 1, 2, 2] else []
-            return found + await lab.violations()
+            return ([stuck] if stuck else []) + wrong_order(lab) + await lab.violations()
+
+        return run(main, seed=number), len(faults.calls)
+
+    def all_of_them() -> Iterator[list[str]]:
+        found, calls = one(0)
+        yield found
+        for number in range(1, calls + 1):
+            yield one(number)[0]
+
+    return first(all_of_them())
+
+
+def conveyed() -> list[str]:
+    """The changes are carried by a channel. A process dies or is cancelled at one of its port calls, another
+    one goes on; for every call. No sweep: what is not done must still be in the channel."""
+    return _conveyed(MemoryBackend, (DIE_AFTER, CANCEL))
+
+
+def conveyed_by_shards() -> list[str]:
+    """As ``conveyed``, by a stream of shards."""
+    return _conveyed(ShardedBackend, (CANCEL, DIE_AFTER))
+
+
+def _conveyed(backend: Callable[[VirtualClock], MemoryBackend], modes: Sequence[str]) -> list[str]:
+    def one(number: int) -> tuple[list[str], int]:
+        faults = CrashAt(number, modes[number % len(modes)])
+
+        async def main(loop: VirtualLoop) -> list[str]:
+            lab = Lab(loop, lambda process: changing(process, "channel"))
+            lab.memory = lab.backend = backend(lab.clock)
+            publish_changes(lab)
+            both = [lab.process(faults).start(lab.handle())]
+            await asyncio.sleep(2.0)
+            both.append(lab.process().start(lab.handle()))
+            await asyncio.sleep(10.0)  # until all are found
+            stuck = await lab.until_empty("/change/")
+            for process in both:
+                process.kill()
+            await asyncio.sleep(0)
+            return ([stuck] if stuck else []) + wrong_order(lab)
 
         return run(main, seed=number), len(faults.calls)
 
@@ -492,7 +544,28 @@ def retried_behind_its_group(patch: Patch) -> None:
     patch.setattr(Attempt, "postpone", postpone)
 
 
+def settled_past_what_is_not_done(patch: Patch) -> None:
+    """Who stops settles all of a channel's batch, whatever of it is not done."""
+    patch.setattr(_Belt, "prefix", property(lambda self: len(self.done)))
+
+
+def handed_out_in_a_heap(patch: Patch) -> None:
+    """The records of a batch are handed out beside one another, whatever their keys."""
+
+    def each_by_itself(self: Any, batch: Any, attempt: int, now: float) -> None:
+        init(self, batch, attempt, now)
+        self.lines = {}
+        for place in range(len(batch.records)):
+            line = self.lines[str(place)] = _Line(self)
+            line.places.append(place)
+
+    init = _Belt.__init__
+    patch.setattr(_Belt, "__init__", each_by_itself)
+
+
 SCENARIOS = (
+    conveyed,
+    conveyed_by_shards,
     ordered,
     landing_crashed,
     loading_crashed,
@@ -517,6 +590,9 @@ MUTANTS: Sequence[tuple[Callable[[Patch], None], Callable[[], list[str]]]] = (
     (no_groups, ordered),
     (groups_in_a_heap, ordered),
     (retried_behind_its_group, ordered),
+    (settled_past_what_is_not_done, conveyed),
+    (settled_past_what_is_not_done, conveyed_by_shards),
+    (handed_out_in_a_heap, conveyed),
 )
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import logging
 import subprocess
 import sys
 
 import msgspec
 import pytest
 
+from flowlane.backends.memory import MemoryBackend
+from flowlane.testing.faults import Process
 from flowlane.testing.simulator import KINDS, Tally, again, simulate
 
 SEEDS = 300
@@ -32,6 +36,7 @@ def test_no_seed_shows_a_violation_and_every_fault_fires() -> None:
     assert [kind for kind in KINDS if not any(kind in tally.fired for tally in tallies)] == []
     reached = {port for tally in tallies for port in tally.reached}
     assert {"writer.write", "upload.commit", "notify.post", "delivery.extend", "sink.open"} <= reached
+    assert {"channel.next", "batch.settle", "batch.extend", "shards.list", "shards.page"} <= reached
 
 
 def test_a_seed_is_the_same_every_time_in_every_process() -> None:
@@ -47,6 +52,20 @@ def test_each_kind_alone_is_harmless(kind: str) -> None:
     for seed in range(5):
         outcome = simulate(seed, [kind])
         assert outcome.violations == []
+
+
+def test_nothing_is_left_of_a_seed(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, logger="flowlane")  # what is logged is kept by pytest, frames and all
+
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(known, Process | MemoryBackend | asyncio.Task) for known in gc.get_objects())
+
+    simulate(0)
+    before = alive()
+    for seed in (0, 2, 4):  # changes carried by a queue, by a stream, by a channel
+        simulate(seed)
+        assert alive() <= before
 
 
 def test_it_runs_on_a_loop_of_its_own_within_another() -> None:

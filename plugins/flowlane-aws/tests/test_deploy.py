@@ -18,14 +18,15 @@ import pytest
 from click.testing import CliRunner, Result
 
 from flowlane.cli.verbs import cli
-from flowlane_aws.deploy import OF_THE_QUEUES, OF_THE_TABLE, TIMEOUTS
+from flowlane_aws.deploy import OF_THE_QUEUES, OF_THE_STREAMS, OF_THE_TABLE, TIMEOUTS
 from tests import servers
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "deploy" / "README.md").read_text()
 EXAMPLE = ["init", "examples/gharchive.py", "--backend", "aws://gharchive", "--variable", "GHARCHIVE_LAKE"]
 
-#: A stage with an order key, one without, one that the policy makes; a name that is not one in a template.
+#: Stages with an order key, one of them on a channel, one without, one that the policy makes; a name that is
+#: not one in a template.
 LANE = """
 import os
 
@@ -44,6 +45,11 @@ class Whole(Unit, key="n"):
     n: int
 
 
+class Change(Unit, key="n"):
+    n: int
+    of: str
+
+
 @lane.stage(on=lane.triggered)
 async def find_all(event, ctx):
     for n in range(3):
@@ -57,6 +63,11 @@ async def join(event, ctx):
 
 @lane.stage(on=Whole)
 async def end(event, ctx):
+    yield Change(n=event.data.n, of="all")
+
+
+@lane.stage(on=Change, order="of", via="channel", concurrency=4)
+async def apply(event, ctx):
     pass
 """
 
@@ -99,7 +110,7 @@ def stack(template: Any, name: str = "parts", **parameters: str) -> Mapping[str,
 
 
 def described() -> dict[str, Any]:
-    """All tables and queues: what they are set to, but for what is always another."""
+    """All tables, queues and streams: what they are set to, but for what is always another."""
     dynamodb: Any = boto3.client("dynamodb")
     sqs: Any = boto3.client("sqs")
     found = {}
@@ -114,6 +125,10 @@ def described() -> dict[str, Any]:
                 for index in table["GlobalSecondaryIndexes"]
             },
         }
+    kinesis: Any = boto3.client("kinesis")
+    for name in kinesis.list_streams()["StreamNames"]:
+        told = kinesis.describe_stream_summary(StreamName=name)["StreamDescriptionSummary"]
+        found[name] = {"mode": told["StreamModeDetails"], "kept": told["RetentionPeriodHours"]}
     for url in sqs.list_queues().get("QueueUrls", []):
         set_to = sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["All"])["Attributes"]
         policy = json.loads(set_to.pop("RedrivePolicy", "{}"))
@@ -153,7 +168,10 @@ def test_the_page_lists_every_parameter_and_resource(flowlane: Flowlane) -> None
     found = template(flowlane)
     suffixes = {name for name in listed if name.startswith("...")}
     of_stages = {name for name in found["Resources"] if name.endswith(tuple(name[3:] for name in suffixes))}
-    assert len(of_stages) == 4 * len(suffixes)
+    assert sorted(re.sub(r"^.*(?=[A-Z])", "...", name) for name in of_stages) == sorted(
+        [*("...Queue",) * 4, *("...Dead", "...Mapping") * 5, "...Stream"]
+    )
+    assert suffixes == {"...Queue", "...Dead", "...Mapping", "...Stream"}
     assert listed - suffixes == {*found["Parameters"], *found["Resources"]} - of_stages
 
 
@@ -166,14 +184,15 @@ def test_every_link_of_the_page_leads_somewhere(target: str) -> None:
 def test_a_stack_is_what_init_makes(flowlane: Flowlane, ministack: str) -> None:
     assert flowlane("init", "parts.py").exit_code == 0
     made = described()
-    assert {"prod-log", "prod-parts-notify-dead", "prod-parts-join.fifo", "prod-parts-join-dead.fifo"} <= set(
-        made
-    )
+    assert {
+        *("prod-log", "prod-parts-notify-dead", "prod-parts-join.fifo", "prod-parts-join-dead.fifo"),
+        *("prod-parts.apply", "prod-parts-apply-dead"),
+    } <= set(made)
     servers.reset(ministack)
     assert stack(template(flowlane), Timeout="120") == {"Backend": "aws://prod"}
     there = described()
     for name, queue in made.items():
-        if name != "prod-log":
+        if name not in ("prod-log", "prod-parts.apply"):
             hidden = there[name].pop("VisibilityTimeout", "30")
             assert hidden == ("30" if "-dead" in name else "720")
             queue.pop("VisibilityTimeout", None)
@@ -257,6 +276,9 @@ def test_the_function_of_a_stack_works_on_the_lane_with_its_role(flowlane: Flowl
     assert (set_to["Timeout"], set_to["MemorySize"]) == (60, 1024)
 
     mappings = functions.list_event_source_mappings(FunctionName=function)["EventSourceMappings"]
+    (stream,) = [each for each in mappings if ":kinesis:" in each["EventSourceArn"]]
+    mappings.remove(stream)
+    assert stream["EventSourceArn"].endswith(":stream/prod-parts.apply")
     for mapping in mappings:  # CloudFormation turns it into a number, the stand-in falls over the text
         assert mapping["ScalingConfig"] == {"MaximumConcurrency": 10}
         scaling = {"MaximumConcurrency": 10}
@@ -269,7 +291,7 @@ def test_the_function_of_a_stack_works_on_the_lane_with_its_role(flowlane: Flowl
     message = next(message for poll in polls for message in poll.get("Messages", []))
     assert opened["run"] in message["Body"]
     document = json.loads(flowlane("status", "parts.py", "--json").stdout)
-    assert [(run["state"], run["units"]["settled"]) for run in document["runs"]] == [("settled", 6)]
+    assert [(run["state"], run["units"]["settled"]) for run in document["runs"]] == [("settled", 9)]
 
     schedules = scheduled()
     assert {name: each["ScheduleExpression"] for name, each in schedules.items()} == {
@@ -291,7 +313,23 @@ def test_the_function_of_a_stack_works_on_the_lane_with_its_role(flowlane: Flowl
         "prod-parts-join.fifo": 10,
         "prod-parts-end": 8,
     }
-    assert all(each["FunctionResponseTypes"] == ["ReportBatchItemFailures"] for each in mappings)
+    assert all(each["FunctionResponseTypes"] == ["ReportBatchItemFailures"] for each in (*mappings, stream))
+
+
+def test_the_mapping_of_a_stream_gives_up_later_than_the_log_and_alone(flowlane: Flowlane) -> None:
+    mapping = template(flowlane)["Resources"]["ApplyMapping"]
+    assert mapping["Condition"] == "HasFunction"
+    assert mapping["Properties"] == {
+        "EventSourceArn": {"Fn::GetAtt": ["ApplyStream", "Arn"]},
+        "FunctionName": {"Ref": "Function"},
+        "FunctionResponseTypes": ["ReportBatchItemFailures"],
+        "StartingPosition": "TRIM_HORIZON",
+        "BatchSize": 100,
+        "ParallelizationFactor": 4,
+        "BisectBatchOnFunctionError": True,
+        "MaximumRetryAttempts": 100,  # the log's are 8
+        "DestinationConfig": {"OnFailure": {"Destination": {"Fn::GetAtt": ["ApplyDead", "Arn"]}}},
+    }
 
 
 def arn(queue: str) -> str:
@@ -346,11 +384,15 @@ def test_the_role_allows_what_the_page_lists(flowlane: Flowlane) -> None:
     assert {action for row in listed for action in re.findall(r"`\w+:(\w+)`", row)} == {
         *OF_THE_TABLE,
         *OF_THE_QUEUES,
+        *OF_THE_STREAMS,
     }
     resources = template(flowlane)["Resources"]
     queues = {name for name, each in resources.items() if each["Type"] == "AWS::SQS::Queue"}
     (policy,) = resources["FunctionRole"]["Properties"]["Policies"]
-    _, of_queues, *_ = policy["PolicyDocument"]["Statement"]
+    _, of_queues, of_names, of_streams, _ = policy["PolicyDocument"]["Statement"]
+    assert len(of_names["Resource"]) == 2  # of the one stage with a FIFO queue
+    assert of_streams["Resource"] == [{"Fn::GetAtt": ["ApplyStream", "Arn"]}]
+    assert {f"kinesis:{action}" for action in OF_THE_STREAMS} <= set(of_streams["Action"])
     assert {each["Fn::GetAtt"][0] for each in of_queues["Resource"]} == queues
     assert "*" not in json.dumps(policy).replace("/index/*", "")
 
@@ -381,13 +423,16 @@ def test_the_lane_is_scheduled_as_it_says(
 
 
 def test_the_function_is_given_what_is_its_backends(flowlane: Flowlane) -> None:
-    uri = "aws://prod?region=eu-west-1&table=team-log&queue_prefix=team&endpoint=http%3A%2F%2F127.0.0.1%3A1"
+    uri = (
+        "aws://prod?region=eu-west-1&table=team-log&queue_prefix=team&aggregate=true&hold=10s"
+        "&endpoint=http%3A%2F%2F127.0.0.1%3A1"
+    )
     found = template(flowlane, "--backend", uri, "--variable", "LAKE_URL")
     function = found["Resources"]["Function"]["Properties"]
     assert function["RecursiveLoop"] == "Allow"
     assert function["Environment"]["Variables"] == {
         "FLOWLANE_LANE": {"Ref": "Lane"},
-        "FLOWLANE_BACKEND": "aws://prod?table=team-log&queue_prefix=team",
+        "FLOWLANE_BACKEND": "aws://prod?table=team-log&queue_prefix=team&aggregate=true&hold=10s",
         "LAKE_URL": {"Ref": "LakeUrl"},
     }
     assert found["Parameters"]["LakeUrl"] == {"Type": "String"}

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from flowlane.clock import SystemClock
 from flowlane.errors import ConfigError, Retryable
-from flowlane.ports import Bad, Connections, Environment, UnitRef
+from flowlane.ports import Bad, Batch, Connections, Environment, UnitRef
+from flowlane.state import Position
 from flowlane.testing.sink_suite import cut_up, split
 from flowlane_aws.dynamodb.factory import open_sink
 from flowlane_aws.dynamodb.forms import Answer as Told
@@ -422,6 +423,42 @@ async def test_of_a_key_in_two_slices_the_last_record_stays(scene: Scene) -> Non
         assert await writer.write(cut_up(records, 3000)[0]) == []
     assert texts_of_table() == [f"number {n + (2400 if n < 200 else 1200)}" for n in range(1200)]
     assert set(sent.values()) == {1}
+
+
+class Counted(dict[str, Any]):
+    """A record that tells, for all of them, how often one was made into an item."""
+
+    made = 0
+
+    def items(self) -> Any:
+        """See ``dict.items``."""
+        Counted.made += 1
+        return super().items()
+
+
+async def test_no_more_items_are_made_than_can_be_sent_soon(scene: Scene) -> None:
+    """Of 2,000 records, which take 15 ms to make and half a second to send, those beyond the calls in flight
+    and as many that wait stay records."""
+    Counted.made = 0
+    ahead = taken = 0
+
+    async def keep(exchange: Exchange) -> bool:
+        nonlocal ahead, taken
+        ahead = max(ahead, Counted.made - taken)
+        done = await exchange.answer(await exchange.forward())
+        taken += 25
+        return done
+
+    scene.proxy.inject("dynamodb.BatchWriteItem", keep, times=-1)
+    batch = Batch([Counted(id=n, text="x") for n in range(2000)], Position(0, 0), Position(0, 2000), [])
+    async with (
+        scene.sink(exactly=False) as sink,
+        sink.open(split(), UnitRef("lane/unit/a", 1)) as writer,
+    ):
+        assert await writer.write(batch) == []
+    assert taken == Counted.made == 2000
+    # 80 calls: 8 in flight at the beginning, 15 at the end.
+    assert ahead <= 2 * 15 * 25 + _SLICE
 
 
 # ---------------------------------------------------------------------- pace

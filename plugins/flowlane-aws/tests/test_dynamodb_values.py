@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowlane_aws.dynamodb.values import MAX_ITEM, Key, Misfit, item_of, key_of, value_of
+from flowlane_aws.dynamodb.values import _KNOWN, MAX_ITEM, Items, Key, Misfit, key_of, value_of
 
 PK = Key("pk", "S", 2048)
 NUMBER = Key("pk", "N", 2048)
@@ -160,18 +160,40 @@ ANY = st.recursive(
 
 @given(st.dictionaries(st.text(min_size=1), ANY, max_size=5))
 def test_sizes_are_not_under_those_of_the_documentation(record: dict[str, Any]) -> None:
-    item, size = item_of(record, {}, frozenset())
+    items = Items({}, frozenset())
+    item, size = items.item(record)
     wanted = sum(len(name.encode()) + counted(value) for name, value in item.items())
     assert wanted <= size <= wanted + 22 * (1 + str(item).count("'N'"))
+    assert items.item(record) == (item, size)  # the short way, of names that are known
 
 
 def test_an_item_has_400_kb_names_and_all() -> None:
     room = MAX_ITEM - len("pk") - len("a") - len("żółć".encode())
     fits = {"pk": "a", "żółć": "x" * room}
-    assert item_of(fits, {"pk": PK}, frozenset({"pk"}))[1] == MAX_ITEM
+    assert Items({"pk": PK}, frozenset({"pk"})).item(fits)[1] == MAX_ITEM
     for record, reserve in (({**fits, "żółć": "x" * (room + 1)}, 0), (fits, 1)):
-        with pytest.raises(Misfit, match="409,601 bytes, and an item has 409,600 at most"):
-            item_of(record, {"pk": PK}, frozenset({"pk"}), reserve)
+        items = Items({"pk": PK}, frozenset({"pk"}), reserve)
+        for _ in range(2):
+            with pytest.raises(Misfit, match="409,601 bytes, and an item has 409,600 at most"):
+                items.item(record)
+
+
+def test_a_misfit_tells_its_field_however_often_it_was_seen() -> None:
+    items = Items({"pk": PK}, frozenset({"pk"}))
+    for _ in range(2):
+        with pytest.raises(Misfit, match="'a': nan is no number"):
+            items.item({"pk": "x", "a": math.nan})
+        with pytest.raises(Misfit, match="'a': its text has a lone surrogate"):
+            items.item({"pk": "x", "a": "\ud800"})
+        with pytest.raises(Misfit, match="'pk': is empty"):
+            items.item({"pk": ""})
+
+
+def test_names_that_are_remembered_are_bounded() -> None:
+    items = Items({}, frozenset())
+    for n in range(3 * _KNOWN):
+        assert items.item({f"n{n}": "x"}) == ({f"n{n}": {"S": "x"}}, len(f"n{n}x"))
+    assert len(items._known) == _KNOWN
 
 
 # ---------------------------------------------------------------------- keys
@@ -240,20 +262,21 @@ def test_equal_numbers_are_one_key(one: Decimal, other: Decimal) -> None:
 
 def test_keys_of_indexes_may_be_missing_but_not_wrong() -> None:
     typed = {"pk": PK, "sk": BYTES, "n": NUMBER}
-    item, _ = item_of({"pk": 1, "n": None, "a": None}, typed, frozenset({"pk"}))
+    items = Items(typed, frozenset({"pk"}))
+    item, _ = items.item({"pk": 1, "n": None, "a": None})
     assert item == {"pk": {"S": "1"}, "a": {"NULL": True}}
-    assert item_of({"pk": 1, "n": "5"}, typed, frozenset({"pk"}))[0]["n"] == {"N": "5"}
+    assert items.item({"pk": 1, "n": "5"})[0]["n"] == {"N": "5"}
     with pytest.raises(Misfit, match="'n': 'x' is no number"):
-        item_of({"pk": 1, "n": "x"}, typed, frozenset({"pk"}))
+        items.item({"pk": 1, "n": "x"})
 
 
 @pytest.mark.parametrize("record", [{"sk": b"1"}, {"pk": None, "sk": b"1"}, {}])
 def test_a_missing_key_is_named(record: dict[str, Any]) -> None:
     with pytest.raises(Misfit, match=r"no value for its key \(pk"):
-        item_of(record, {"pk": PK, "sk": BYTES}, frozenset({"pk", "sk"}))
+        Items({"pk": PK, "sk": BYTES}, frozenset({"pk", "sk"})).item(record)
 
 
 @pytest.mark.parametrize("record", [{"": 1}, {"x" * 65537: 1}, {1: 1}, {"\ud800": 1}])
 def test_names_that_no_attribute_can_have(record: dict[Any, Any]) -> None:
     with pytest.raises(Misfit, match=r"name|surrogate"):
-        item_of(record, {}, frozenset())
+        Items({}, frozenset()).item(record)

@@ -14,12 +14,11 @@ from flowlane import ConfigError, Context, Event, Lane, Policy, Unit
 from flowlane.aws_lambda import objects
 from flowlane.aws_lambda.function import Function
 from flowlane.compose import open_application
-from flowlane.ports import QueueSpec
 from flowlane.settings import Settings
 from flowlane.state import progress, status
+from tests.aws_lambda.deliver import BACKEND, Mapping
 from tests.aws_lambda.toys import Remaining, failed
 
-BACKEND = "aws://fn"
 QUICK = Policy(backoff="1ms", backoff_cap="2ms", retries=100)
 
 
@@ -31,78 +30,6 @@ class Drop(Unit, key=("url", "etag")):
 class Part(Unit, key=("name", "n")):
     name: str
     n: int
-
-
-class Mapping:
-    """An event source mapping with ``ReportBatchItemFailures``, as far as these tests need one."""
-
-    def __init__(self, call: Function) -> None:
-        self.call = call
-        self.again: dict[str, int] = {}  # how many messages of each queue were named last
-        self.sqs: Any = boto3.client("sqs")
-
-    def create(self, lane: Lane) -> list[str]:
-        """The lane's table and queues are there; the queues' URLs."""
-
-        async def create() -> None:
-            async with open_application([lane], Settings(backend=BACKEND)) as app:
-                wanted = [(stage, stage.policy) for stage in lane.stages]
-                await app.backend.create(
-                    [QueueSpec(s.queue, float(p.lease), float(p.timeout), bool(s.order)) for s, p in wanted]
-                )
-
-        asyncio.run(create())
-        urls = self.sqs.list_queues(QueueNamePrefix="fn-")["QueueUrls"]
-        return [url for url in urls if "-dead" not in url]
-
-    def arn(self, url: str) -> str:
-        """The queue's ARN."""
-        told = self.sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["QueueArn"])
-        return str(told["Attributes"]["QueueArn"])
-
-    def deliver(self, url: str, seconds: float = 20.0) -> list[str]:
-        """Invoke the function with what the queue has; the bodies of what was handed out."""
-        found = self.sqs.receive_message(
-            QueueUrl=url,
-            MaxNumberOfMessages=10,
-            MessageSystemAttributeNames=["All"],
-            VisibilityTimeout=60,
-            WaitTimeSeconds=5 if self.again.get(url) else 0,
-        ).get("Messages", [])
-        if not found:
-            return []
-        arn = self.sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["QueueArn"])["Attributes"][
-            "QueueArn"
-        ]
-        records = [
-            {
-                "messageId": message["MessageId"],
-                "receiptHandle": message["ReceiptHandle"],
-                "body": message["Body"],
-                "attributes": message["Attributes"],
-                "eventSource": "aws:sqs",
-                "eventSourceARN": arn,
-            }
-            for message in found
-        ]
-        names = failed(self.call({"Records": records}, Remaining(seconds)))
-        self.again[url] = len(names)
-        assert set(names) <= {message["MessageId"] for message in found}
-        for message in found:
-            receipt = {"QueueUrl": url, "ReceiptHandle": message["ReceiptHandle"]}
-            if message["MessageId"] not in names:  # what is named stays hidden for as long as it is
-                self.sqs.delete_message(**receipt)
-        return [message["Body"] for message in found]
-
-    def drain(self, urls: list[str]) -> list[str]:
-        """Deliver until the queues are empty; the bodies."""
-        bodies: list[str] = []
-        for _ in range(200):
-            some = [body for url in urls for body in self.deliver(url)]
-            if not some:
-                return bodies
-            bodies += some
-        raise AssertionError("the queues do not run empty")
 
 
 def of_log(*streams: str) -> dict[str, Event]:

@@ -56,7 +56,15 @@ def test_a_queue_is_known_from_another_backend_s() -> None:
             assert not names.has_queue(Names("a-b").dead("lane/load", ordered=ordered))
 
 
-@given(st.lists(st.text(min_size=1, max_size=200), min_size=2, max_size=8, unique=True))
+_channels = st.one_of(
+    st.text(min_size=1, max_size=200),
+    st.sampled_from(
+        ["a/b", "a-b", "a.b", "a_b", "a/b/c", "a/b-c", "a-b/c", "A/b", "a" * 63 + "/" + "b" * 63]
+    ),
+)
+
+
+@given(st.lists(_channels, min_size=2, max_size=8, unique=True))
 def test_channels_never_share_a_stream(channels: list[str]) -> None:
     streams = [Names("prod").stream(channel) for channel in channels]
     assert len(set(streams)) == len(streams)
@@ -69,6 +77,7 @@ def test_plain_names_are_plain() -> None:
     assert names.queue("gharchive/land") == "prod-gharchive-land"
     assert names.dead("gharchive/land", ordered=True) == "prod-gharchive-land-dead.fifo"
     assert names.stream("changes") == "prod-changes"
+    assert names.stream("gharchive/land") == "prod-gharchive.land"
     other = Names("prod", "mine", "eu")
     assert (other.log, other.queue("a/b"), other.stream("c")) == ("mine", "eu-a-b", "prod-c")
 

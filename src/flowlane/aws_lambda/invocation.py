@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import datetime
 from typing import Final, Literal
 
 import msgspec
@@ -21,12 +22,13 @@ from flowlane import events
 from flowlane.aws_lambda.wanted import Sweep, Wanted, restart
 from flowlane.compose import Application
 from flowlane.deadline import Deadline
-from flowlane.engine import describe
+from flowlane.engine import Engine, describe
 from flowlane.errors import Permanent, Retryable
 from flowlane.events import Event, Reference
+from flowlane.handling import Handling
 from flowlane.lane import Lane
 from flowlane.pump import Pump
-from flowlane.state import status
+from flowlane.state import progress, status
 from flowlane.sweep import Swept, sweep
 from flowlane.worker import housekeeping
 
@@ -80,6 +82,11 @@ class Invocation:
         self._wake = asyncio.Event()
 
     @property
+    def engine(self) -> Engine:
+        """What the deliveries are handled by."""
+        return self._app.engine
+
+    @property
     def drains(self) -> bool:
         """Whether runs are drained here, rather than by the deliveries to come."""
         return self._embedded
@@ -119,7 +126,7 @@ class Invocation:
         if isinstance(wanted, Event):
             head = (await self._app.backend.last([wanted.subject])).get(wanted.subject)
             if head is not None:
-                return await self._own(wanted, head, attempt)
+                return await self.own(wanted, head, attempt)
             if wanted.type != events.LANE_TRIGGERED:
                 raise self._unknown(wanted.subject)
             wanted = restart(wanted)
@@ -159,13 +166,16 @@ class Invocation:
                 "stands, the next one goes on; give the function more time if this is told again"
             ) from None
 
-    async def _own(self, event: Event, head: Event, attempt: int) -> str:
-        """An event of a unit that the log knows; the log alone says what stage is owed it. An embedded
-        backend has it in its own queue (or the sweep puts it there): there it need only be waited for."""
+    async def own(self, event: Event, head: Event, attempt: int) -> str:
+        """As ``take``, of the event of a unit whose last one is `head`; the log alone says what stage is owed
+        it. An embedded backend has it in its own queue (or the sweep puts it there): there it need only be
+        waited for."""
         handling = self._app.engine.handling_of(head)
         if handling is None or not head.run:
             raise Permanent(f"no stage of lane {self._lane.name} is owed the events of {head.subject:.200}")
         if not self._embedded:
+            if (wait := self._backoff(head, handling)) > 0:
+                raise Retryable(f"{head.subject} is not due again yet", delay=wait)
             carried = Carried(event, handling.stage.queue, attempt, head)
             outcome = await self._pump.handle(carried)
             if outcome == "again":
@@ -174,6 +184,15 @@ class Invocation:
             if outcome not in _DONE:
                 raise Retryable(f"the delivery of {head.subject} ended as {outcome}", delay=carried.delay)
         return head.run
+
+    def _backoff(self, head: Event, handling: Handling) -> float:
+        """Seconds until a unit is due again that failed in its place: unlike a queue, a channel brings it at
+        once."""
+        if handling.via != "channel" or head.type != events.ATTEMPT_FAILED:
+            return 0.0
+        failed = datetime.fromisoformat(head.time).timestamp()
+        delay = progress(head).delay
+        return min(delay, failed + delay - self._app.clock.now().timestamp())
 
     async def end(self, run: str) -> End:
         """Wait until every unit of `run` has ended (what it owes after that, notices, too)."""

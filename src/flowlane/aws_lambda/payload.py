@@ -29,24 +29,36 @@ class Message(msgspec.Struct, frozen=True):
     """One message of a batch: ``id`` names it in the answer, verbatim; ``group`` is what its order is kept
     within (a FIFO queue's message group, Kinesis' partition key, a DynamoDB item's key); ``attempt`` counts
     its receives, from 1; ``receipt`` is what a queue knows this one by. Those that one Kinesis record held
-    together share its name."""
+    together share its name, and ``sub`` counts them, from 0; ``partition`` is the number of its shard."""
 
     id: str
     body: str | bytes
     group: str = ""
     attempt: int = 1
     receipt: str = ""
+    partition: int = 0
+    sub: int = 0
 
 
 class Batch(msgspec.Struct, frozen=True):
     """The messages of one queue, or of one shard, in the order in which they came. ``queue`` is the ARN of an
-    SQS queue. ``state``: what a tumbling window has come to (``None``: there is no window); the answer gives
-    it back, since a lane keeps its own state in its log."""
+    SQS queue, ``stream`` the name of a Kinesis stream. ``state``: what a tumbling window has come to
+    (``None``: there is no window); the answer gives it back, since a lane keeps its own state in its log."""
 
     kind: Literal["standard", "fifo", "kinesis", "dynamodb"]
     messages: list[Message]
     queue: str = ""
     state: dict[str, Any] | None = None
+    stream: str = ""
+
+    def attempt(self, index: int) -> int:
+        """How often message number `index` was received, as far as that is known. Of a stream it is not; but
+        a record that comes alone may be one that its mapping has split off (``BisectBatchOnFunctionError``),
+        because it ends the function whenever it comes: as of its second time, an attempt is counted before it
+        begins."""
+        if self.kind in STREAMS and len({message.id for message in self.messages}) == 1:
+            return 2
+        return self.messages[index].attempt
 
     def sequences(self) -> list[list[int]]:
         """The numbers of the messages, grouped into what must be handled one after the other."""
@@ -83,7 +95,7 @@ def batch(payload: Any) -> Batch | None:
         return _sqs(records)
     if source == "aws:kinesis":
         unpacked = [one for number, record in enumerate(records) for one in _kinesis(number, record)]
-        return Batch("kinesis", unpacked, state=state)
+        return Batch("kinesis", unpacked, state=state, stream=_stream(records[0]))
     if source == "aws:dynamodb":
         return Batch(
             "dynamodb", [_dynamodb(number, record) for number, record in enumerate(records)], state=state
@@ -145,10 +157,26 @@ def _kinesis(number: int, record: Mapping[str, Any]) -> list[Message]:
         body = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError):
         body = b""  # refused as every empty message is: it has a name, so the others need not suffer
+    shard = _shard(record)
     unpacked = kpl.unpack(body)
     if unpacked is None:
-        return [Message(sequence, body, key)]
-    return [Message(sequence, one.data, one.key) for one in unpacked]
+        return [Message(sequence, body, key, partition=shard)]
+    return [
+        Message(sequence, one.data, one.key, partition=shard, sub=sub) for sub, one in enumerate(unpacked)
+    ]
+
+
+def _stream(record: Mapping[str, Any]) -> str:
+    """The name of the stream that a record is of; empty if it is not told."""
+    # arn:aws:kinesis:region:account:stream/name, and of a consumer .../consumer/its-name:created
+    found = re.fullmatch(r"arn:[^:]+:kinesis:[^/]*:stream/([^/]+)(/.*)?", str(record.get("eventSourceARN")))
+    return found[1] if found else ""
+
+
+def _shard(record: Mapping[str, Any]) -> int:
+    """The number of the shard that a record is of; 0 if it is not told."""
+    found = re.match(r"shardId-([0-9]{1,18}):", str(record.get("eventID")))
+    return int(found[1]) if found else 0
 
 
 def _dynamodb(number: int, record: Mapping[str, Any]) -> Message:

@@ -1,4 +1,4 @@
-"""What the embedded backends have in common: the checks of a commit, copies of tallies, partitions."""
+"""What the embedded backends have in common: the checks of a commit, copies of tallies, channels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 
 from flowlane.errors import Permanent
 from flowlane.events import MAX_ACTIONS, SURELY_FITS, Event, encode, encode_data
-from flowlane.ports import Append, ChannelBatch, Commit
+from flowlane.ports import Append, ChannelBatch, ChannelRecord, Commit
 from flowlane.state import Counts, RunTally, StageTally
 
 #: A channel's records are spread over this many partitions, by their key.
@@ -19,6 +19,16 @@ PARTITIONS = 16
 #: Seconds for which a consumer holds a partition whose batch it was handed; after that another one gets it.
 CHANNEL_LEASE = 30.0
 
+#: Bytes of data and key in one record of a channel, at most: what a Kinesis stream takes by default.
+RECORD_BYTES = 1 << 20
+
+#: A batch of a channel has so many bytes of data, at most, unless its first record has more.
+BATCH_BYTES = 2 << 20
+
+# What is put at once goes into the channel in portions of so many records and bytes, at most.
+_PORTION = 2048
+_PORTION_BYTES = 8 << 20
+
 #: Seconds between two looks for what another process may have written, or what has become due.
 POLL = 0.05
 
@@ -26,6 +36,48 @@ POLL = 0.05
 def partition(key: str) -> int:
     """The partition that `key` belongs to; the same in every process and release."""
     return zlib.crc32(key.encode()) % PARTITIONS
+
+
+async def portions(name: str, records: Sequence[ChannelRecord]) -> Sequence[Sequence[ChannelRecord]]:
+    """`records`, to be put to the channel `name`, in portions that are stored one after another, so that
+    neither the loop nor a transaction is held up by how many there are.
+
+    Raises:
+        Permanent: one of them is too large, or its key is no text.
+    """
+    found: list[Sequence[ChannelRecord]] = []
+    start = size = 0
+    for number, record in enumerate(records):
+        length = record_size(name, number, record)
+        size += length
+        if size > _PORTION_BYTES or number - start == _PORTION:
+            if number > start:
+                found.append(records[start:number])
+            start, size = number, length
+            await asyncio.sleep(0)
+    if start < len(records):
+        found.append(records[start:])
+    return found
+
+
+def record_size(name: str, number: int, record: ChannelRecord) -> int:
+    """The bytes of data and key of the `number`-th record that is put to the channel `name`.
+
+    Raises:
+        Permanent: see ``portions``.
+    """
+    try:
+        size = len(record.data) + len(record.key.encode())
+    except UnicodeEncodeError:
+        raise Permanent(
+            f"channel {name}: the key of record {number} is not Unicode text: put it under another one"
+        ) from None
+    if size > RECORD_BYTES:
+        raise Permanent(
+            f"channel {name}: record {number} has {size:,} bytes with its key, a channel takes "
+            f"{RECORD_BYTES:,}: store the data and put its URL"
+        )
+    return size
 
 
 def checked(work: Sequence[Commit]) -> Sequence[Commit]:
@@ -96,12 +148,12 @@ class News:
 
     def __init__(self) -> None:
         self._count = 0
-        self._waiters: dict[asyncio.Event, None] = {}  # in order: simulations depend on it
+        self._waiters: dict[asyncio.Future[None], None] = {}  # in order: simulations depend on it
 
     def __call__(self) -> None:
         self._count += 1
         for waiter in self._waiters:
-            waiter.set()
+            _wake(waiter)
 
     @property
     def count(self) -> int:
@@ -112,15 +164,21 @@ class News:
         """Return when there are news since `seen`, after `seconds` at the latest."""
         if seen != self._count:
             return
-        waiter = asyncio.Event()
+        # Receivers that find nothing do little else than this; an event and a timeout cost twice as much.
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[None] = loop.create_future()
+        timer = loop.call_later(seconds, _wake, waiter)
         self._waiters[waiter] = None
         try:
-            async with asyncio.timeout(seconds):
-                await waiter.wait()
-        except TimeoutError:
-            pass
+            await waiter
         finally:
+            timer.cancel()
             del self._waiters[waiter]
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 async def consume(

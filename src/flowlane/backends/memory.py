@@ -19,6 +19,7 @@ import msgspec
 
 from flowlane import state
 from flowlane.backends.common import (
+    BATCH_BYTES,
     CHANNEL_LEASE,
     PARTITIONS,
     News,
@@ -26,10 +27,11 @@ from flowlane.backends.common import (
     consume,
     copy_tally,
     partition,
+    portions,
 )
 from flowlane.clock import Clock
 from flowlane.errors import ConfigError, VersionConflict, redact
-from flowlane.events import Event
+from flowlane.events import Event, encode
 from flowlane.ports import (
     Append,
     Channel,
@@ -40,6 +42,7 @@ from flowlane.ports import (
     Delivery,
     Environment,
     Index,
+    Lag,
     Patience,
     Publish,
     QueueSpec,
@@ -56,6 +59,10 @@ _CHUNK = 512
 # Streams of up to so many events are tuples: the garbage collector stops tracking those, while a list for
 # each of 100,000 units is 100,000 objects to go through, again and again.
 _SHORT = 8
+
+
+#: A record, and the name of its channel.
+_Put = tuple[str, ChannelRecord]
 
 
 class _Stream(msgspec.Struct, eq=False, gc=False):
@@ -180,15 +187,19 @@ class MemoryBackend:
 
     async def commit(self, work: Sequence[Commit]) -> Sequence[Committed | VersionConflict]:
         fit = checked(work)
-        for commit in fit:  # before any is applied
-            assert commit.ack is None or isinstance(commit.ack, _Delivery), "a delivery of another backend"
+        puts: dict[int, Sequence[_Put]] = {}
+        if any(publish.via == "channel" for commit in fit for publish in commit.publish):
+            puts = {n: _puts(commit) for n, commit in enumerate(fit)}  # before any is applied
         self._expire()
-        answers = [self._apply(commit) for commit in fit]
+        answers = [self._apply(commit, puts.get(n, ())) for n, commit in enumerate(fit)]
         if any(commit.publish for commit in fit):
             self._news()
+        for n, ack in [(n, c.ack) for n, c in enumerate(fit) if c.ack and type(c.ack) is not _Delivery]:
+            if type(answers[n]) is Committed:
+                await ack.ack()  # it was brought by another than the queue
         return answers
 
-    def _apply(self, commit: Commit) -> Committed | VersionConflict:
+    def _apply(self, commit: Commit, puts: Sequence[_Put]) -> Committed | VersionConflict:
         known = self._streams
         streams: list[_Stream | None] = []
         conflict = False
@@ -202,11 +213,13 @@ class MemoryBackend:
             return VersionConflict({a.stream: version for a, version in heads if version != a.expected})
         for append, stream in zip(commit.appends, streams, strict=True):
             self._append(append, stream)
-        if commit.ack is not None:
+        if type(commit.ack) is _Delivery:
             # Before the publishing: a reminder of the unit whose delivery this is must not find it queued.
-            self._ack(commit.ack)  # type: ignore[arg-type] # checked by ``commit``
+            self._ack(commit.ack)
         for publish in commit.publish:
             event = publish.event
+            if publish.via == "channel":
+                continue
             stream = known.get(event.subject)
             if stream is None:
                 stream = known[event.subject] = _Stream()
@@ -216,6 +229,8 @@ class MemoryBackend:
                     self._line_up(publish)
                 else:
                     self._put(event, publish.stage, 0, publish.delay)
+        for name, record in puts:
+            self.store(name, [record])
         return self._count(commit.tally) if commit.tally else _DONE
 
     def _append(self, append: Append, stream: _Stream | None) -> None:
@@ -439,9 +454,29 @@ class MemoryBackend:
             stream.queued = 0
 
     def channel(self, name: str) -> Channel:
+        return self._channel(name)
+
+    def store(self, name: str, records: Sequence[ChannelRecord]) -> None:
+        """They are in the channel `name` now; none is too large (``common.record_size``)."""
+        self._channel(name).store(records)
+
+    def _channel(self, name: str) -> MemoryChannel:
         if name not in self._channels:
-            self._channels[name] = MemoryChannel(self._clock)
+            self._channels[name] = MemoryChannel(name, self._clock)
         return self._channels[name]
+
+
+def _puts(commit: Commit) -> Sequence[_Put]:
+    """What `commit` puts to channels.
+
+    Raises:
+        Permanent: an event is too long.
+    """
+    return [
+        (publish.stage, ChannelRecord(publish.group, encode(publish.event)))
+        for publish in commit.publish
+        if publish.via == "channel"
+    ]
 
 
 async def _follow(events: Sequence[Event], position: int) -> AsyncIterator[Event]:
@@ -473,31 +508,33 @@ class _Batch:
     __slots__ = ("channel", "group", "owner", "records", "until")
 
     def __init__(
-        self, channel: MemoryChannel, group: _Group, owner: object, records: list[ChannelRecord], until: float
+        self, channel: MemoryChannel, group: _Group, owner: str, records: list[ChannelRecord], until: float
     ) -> None:
         self.channel, self.group, self.owner = channel, group, owner
         self.records, self.until = records, until
 
     async def settle(self, count: int | None = None) -> None:
-        where = self.records[0].partition
-        done = self.records[:count]
-        if done:
-            self.group.positions[where] = max(self.group.positions[where], done[-1].position)
-        if self.group.held.get(where) is self:
-            del self.group.held[where]
-            self.channel.news()
+        self.channel.settle(self, count)
+
+    async def extend(self) -> bool:
+        return self.channel.extend(self)
 
 
 class MemoryChannel:
-    """See ``ports.Channel``. Positions count from 1 in each partition."""
+    """See ``ports.Channel``. Positions count from 1 in each partition. Records are kept for ever."""
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
+    def __init__(self, name: str, clock: Clock) -> None:
+        self._name, self._clock = name, clock
         self._partitions: list[list[ChannelRecord]] = [[] for _ in range(PARTITIONS)]
         self._groups: dict[str, _Group] = {}
         self.news = News()
 
     async def put(self, records: Sequence[ChannelRecord]) -> None:
+        for portion in await portions(self._name, records):
+            self.store(portion)
+
+    def store(self, records: Iterable[ChannelRecord]) -> None:
+        """They are in the channel now; none is too large (``common.record_size``)."""
         for record in records:
             where = partition(record.key)
             stored = self._partitions[where]
@@ -505,31 +542,80 @@ class MemoryChannel:
         self.news()
 
     def consume(self, consumer: str, *, limit: int = 500, wait: float = 0) -> AsyncIterator[ChannelBatch]:
-        group = self._groups.setdefault(consumer, _Group())
-        owner = object()
+        group = self._group(consumer)
+        owner = self._clock.token()
 
         async def find() -> ChannelBatch | float | None:
             return self._next(group, owner, limit)
 
         def give_up() -> None:
-            for where in [where for where, held in group.held.items() if held.owner is owner]:
+            for where in [where for where, held in group.held.items() if held.owner == owner]:
                 del group.held[where]
             self.news()
 
         return consume(find, give_up, self.news, wait, inf)
 
-    def _next(self, group: _Group, owner: object, limit: int) -> _Batch | float | None:
+    def _group(self, consumer: str) -> _Group:
+        return self._groups.setdefault(consumer, _Group())
+
+    def _next(self, group: _Group, owner: str, limit: int) -> _Batch | float | None:
         now = self._clock.monotonic()
         for n in range(PARTITIONS):
             where = (group.turn + n) % PARTITIONS
             stored, position, held = self._partitions[where], group.positions[where], group.held.get(where)
             if position < len(stored) and (held is None or held.until <= now):
-                records = stored[position : position + limit]
+                records = _some(stored[position : position + limit])
                 batch = group.held[where] = _Batch(self, group, owner, records, now + CHANNEL_LEASE)
                 group.turn = where + 1
                 return batch
-        others = [held.until - now for held in group.held.values() if held.owner is not owner]
+        others = [held.until - now for held in group.held.values() if held.owner != owner]
         return min(others, default=None)
+
+    def settle(self, batch: _Batch, count: int | None) -> None:
+        """See ``ChannelBatch.settle``; a batch that is held by nobody, or not any more, settles nothing."""
+        where = batch.records[0].partition
+        if batch.group.held.get(where) is batch:
+            batch.group.positions[where] += len(batch.records[:count])
+            del batch.group.held[where]
+            self.news()
+
+    def extend(self, batch: _Batch) -> bool:
+        """See ``ChannelBatch.extend``."""
+        now = self._clock.monotonic()
+        if batch.group.held.get(batch.records[0].partition) is not batch or batch.until <= now:
+            return False
+        batch.until = now + CHANNEL_LEASE
+        return True
+
+    async def lag(self, consumer: str) -> Sequence[Lag]:
+        group = self._groups.get(consumer) or _Group()
+        now = self._clock.monotonic()
+        found: list[Lag] = []
+        for where, stored in enumerate(self._partitions):
+            if stored:
+                held, position = group.held.get(where), group.positions[where]
+                owner = held.owner if held and held.until > now else ""
+                found.append(Lag(where, owner, position, len(stored) - position))
+        return found
+
+    async def rewind(self, consumer: str, positions: Mapping[int, int] | None = None) -> None:
+        group = self._group(consumer)
+        for where in range(PARTITIONS):
+            if positions is None or where in positions:
+                wanted = positions[where] if positions else 0
+                group.positions[where] = max(0, min(wanted, len(self._partitions[where])))
+                group.held.pop(where, None)
+        self.news()
+
+
+def _some(records: list[ChannelRecord]) -> list[ChannelRecord]:
+    """The first of `records`, as many as make one batch."""
+    size = 0
+    for n, record in enumerate(records):
+        size += len(record.data)
+        if size > BATCH_BYTES and n:
+            return records[:n]
+    return records
 
 
 # --------------------------------------------------------------------------- factory

@@ -12,15 +12,17 @@ from flowlane.cli.session import FAILED, Answer, Session
 from flowlane.cli.text import plural
 from flowlane.compose import open_application
 from flowlane.lane import Lane
+from flowlane.parking import parked_records
 from flowlane.redrive import dead_units, redrive
 from flowlane.state import progress
 from flowlane.sweep import sweep
 
 
 async def show_dead(session: Session, lane: Lane, limit: int) -> Answer:
-    """The dead units of `lane`, at most `limit` of them by name."""
-    count = 0
+    """The dead units of `lane`, at most `limit` of them by name, and the records that were passed over."""
+    count = passed_over = 0
     listed: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     async with open_application([lane], session.settings) as app:
         async for head in dead_units(app.backend, lane.name):
             count += 1
@@ -36,6 +38,11 @@ async def show_dead(session: Session, lane: Lane, limit: int) -> Answer:
                         "reason": now.reason,
                     }
                 )
+        async for head, record in parked_records(app.backend, lane.name):
+            passed_over += 1
+            if len(records) < limit:
+                known = {"record": head.subject, "stage": head.stage, "time": head.time}
+                records.append({**known, **msgspec.structs.asdict(record)})
 
     def show(screen: Screen) -> None:
         if listed:
@@ -45,8 +52,14 @@ async def show_dead(session: Session, lane: Lane, limit: int) -> Answer:
             screen.line(f"and {plural(count - len(listed), 'unit')} more; --limit lists them")
         if not count:
             screen.line(f"lane {lane.name} has no dead units")
+        if records:
+            screen.line()
+            screen.line(f"{plural(passed_over, 'record')} of channels passed over")
+            columns = ("record", "bytes", "reason")
+            screen.table(columns, [[record[name] for name in columns] for record in records])
 
-    return Answer({"lane": lane.name, "count": count, "dead": listed}, show)
+    document = {"lane": lane.name, "count": count, "dead": listed}
+    return Answer({**document, "passed_over": passed_over, "records": records}, show)
 
 
 async def put_back(session: Session, lane: Lane, units: Sequence[str], reference: str) -> Answer:

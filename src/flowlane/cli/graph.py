@@ -78,6 +78,7 @@ def _plain(lane: Lane, stage: Stage) -> dict[str, Any]:
         "retries": policy.retries,
         "timeout": policy.timeout,
         "order": list(stage.order),
+        "via": stage.via,
     }
 
 
@@ -99,7 +100,8 @@ def mermaid(lane: Lane) -> str:
             lines.append(f"    trigger --> {_id('stage', stage.name)}")
         elif stage.counted:
             lines.append(f'    {_id("unit", stage.on)}{{{{"{stage.on}"}}}}')
-            lines.append(f"    {_id('unit', stage.on)} --> {_id('stage', stage.name)}")
+            arrow = "-->|channel|" if stage.via == "channel" else "-->"
+            lines.append(f"    {_id('unit', stage.on)} {arrow} {_id('stage', stage.name)}")
         else:
             lines.append(f'    {_id("notice", stage.on)}(["{stage.on}"]) --> {_id("stage", stage.name)}')
         lines.extend(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
+from flowlane import events
 from flowlane.cli.screen import Screen
 from flowlane.cli.session import Answer, Session
 from flowlane.cli.text import plural
@@ -41,8 +42,8 @@ async def prepare(session: Session, lane: Lane) -> Answer:
             "dead": 0,
         }
         for index in ("open", "dead"):
-            async for _ in app.backend.units(lane.name, index):
-                document[index] += 1
+            async for head in app.backend.units(lane.name, index):
+                document[index] += head.type != events.RECORD_PARKED
 
     def show(screen: Screen) -> None:
         screen.line(f"{document['backend']} is ready for lane {lane.name}")
@@ -82,6 +83,7 @@ def _queues(lane: Lane) -> list[QueueSpec]:
             bool(stage.order),
             stage.policy.retries,
             stage.policy.concurrency,
+            stage.via,
         )
         for stage in lane.stages
     ]

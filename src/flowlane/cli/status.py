@@ -6,11 +6,13 @@ from typing import Any
 
 import msgspec
 
+from flowlane import events
 from flowlane.cli.coverage import read_coverage, show_coverage
 from flowlane.cli.screen import Screen
 from flowlane.cli.session import Answer, Session
 from flowlane.cli.text import plural
 from flowlane.compose import Application, open_application
+from flowlane.conveyor import CONSUMER
 from flowlane.errors import FlowlaneError, Permanent
 from flowlane.events import Event
 from flowlane.lane import Lane
@@ -27,12 +29,14 @@ async def show_status(session: Session, lane: Lane, days: int, runs: int) -> Ans
             "runs": [await _run(app, head) for head in await app.backend.runs(lane.name, runs)],
             "open": 0,
             "dead": 0,
+            "passed_over": 0,
+            "channels": await _channels(app, lane),
             "views": {},
         }
         async for head in app.backend.units(lane.name, "open"):
             document["open"] += head.subject != head.run
-        async for _ in app.backend.units(lane.name, "dead"):
-            document["dead"] += 1
+        async for head in app.backend.units(lane.name, "dead"):
+            document["passed_over" if head.type == events.RECORD_PARKED else "dead"] += 1
         for name, view in lane.views.items():
             try:
                 # As JSON has it, for people too: a view answers the same to both, or is refused for both.
@@ -45,6 +49,20 @@ async def show_status(session: Session, lane: Lane, days: int, runs: int) -> Ans
                     f"the view {name!r} of lane {lane.name} raised {type(error).__name__}: {error}"
                 ) from error
     return Answer(document, lambda screen: _show(screen, document, days))
+
+
+async def _channels(app: Application, lane: Lane) -> list[dict[str, Any]]:
+    """How far each stage is in the partitions of its channel. Positions are text: they are larger than a
+    number in JSON may be."""
+    found: list[dict[str, Any]] = []
+    for stage in lane.stages:
+        if stage.via == "channel":
+            lags = await app.backend.channel(stage.queue).lag(CONSUMER)
+            found += [
+                {"stage": stage.name, **msgspec.structs.asdict(lag), "position": str(lag.position)}
+                for lag in lags
+            ]
+    return found
 
 
 async def _run(app: Application, head: Event) -> dict[str, Any]:
@@ -82,6 +100,10 @@ def _show(screen: Screen, document: dict[str, Any], days: int) -> None:
         )
     else:
         screen.line("no run yet")
+    if document["passed_over"]:
+        number = plural(document["passed_over"], "record")
+        screen.line(f"{number} of channels passed over: `flowlane dead` says why", "bold red")
+    _show_channels(screen, document["channels"])
     for name, view in document["views"].items():
         screen.line()
         coverage = read_coverage(view)
@@ -89,6 +111,18 @@ def _show(screen: Screen, document: dict[str, Any], days: int) -> None:
             _show_view(screen, name, view)
         else:
             show_coverage(screen, name, coverage, days)
+
+
+def _show_channels(screen: Screen, partitions: list[dict[str, Any]]) -> None:
+    """Those with something left, or somebody at work; the others are only counted."""
+    busy = [each for each in partitions if each["owner"] or each["records"] or each["seconds"]]
+    if busy:
+        screen.line()
+        names = ("stage", "partition", "owner", "records", "seconds")
+        rows = [["?" if each[name] is None else each[name] for name in names] for each in busy]
+        screen.table(["stage", "partition", "owner", "records behind", "seconds behind"], rows)
+    if left := len(partitions) - len(busy):
+        screen.line(f"{plural(left, 'partition')} of channels with nothing left")
 
 
 def _show_view(screen: Screen, name: str, value: Any, depth: int = 0) -> None:

@@ -18,10 +18,12 @@ from flowlane.ports.log import (
     Deployable,
     Deployment,
     Index,
+    Lag,
     Patience,
     Publish,
     QueueSpec,
     Tally,
+    Via,
 )
 from flowlane.ports.records import (
     Bad,
@@ -61,6 +63,7 @@ __all__ = [
     "Enricher",
     "Environment",
     "Index",
+    "Lag",
     "Mapper",
     "Notifier",
     "ObjectInfo",
@@ -78,5 +81,6 @@ __all__ = [
     "Tally",
     "UnitRef",
     "Upload",
+    "Via",
     "Writer",
 ]

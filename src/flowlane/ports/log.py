@@ -20,6 +20,10 @@ class Append(msgspec.Struct, frozen=True, gc=False):
     events: Sequence[Event]
 
 
+#: What carries deliveries to a stage: its queue, or the channel of the same name.
+Via = Literal["queue", "channel"]
+
+
 class Publish(msgspec.Struct, frozen=True, gc=False):
     """`event`, appended by this commit or standing in the log, is owed to the queue of `stage`.
 
@@ -27,6 +31,10 @@ class Publish(msgspec.Struct, frozen=True, gc=False):
     drops it; one that cannot know (SQS) sends it, because deliveries may repeat anyway. ``group`` is the
     value of the stage's order key (``Event.partitionkey``): what is published to one stage under one group is
     received one after the other, in this order. Printable ASCII without spaces, at most 128 characters.
+
+    ``via="channel"``: it is put to the channel called `stage` instead, under the key ``group``, as the JSON
+    of the event; along with the commit where the backend can, otherwise owed until the channel has it. A
+    channel has no delays, and does not know what it holds: reminders are put again.
     """
 
     event: Event
@@ -34,6 +42,7 @@ class Publish(msgspec.Struct, frozen=True, gc=False):
     delay: float = 0.0
     repeat: bool = False
     group: str = ""
+    via: Via = "queue"
 
 
 class Tally(msgspec.Struct, frozen=True, gc=False):
@@ -110,7 +119,7 @@ class QueueSpec(msgspec.Struct, frozen=True):
     """A stage's queue as it is wanted: ``name`` is what ``Publish.stage`` says; ``lease`` and ``timeout`` are
     the stage's, in seconds; ``ordered`` if it keeps the order within groups; ``retries`` are what the log
     allows a unit, so a queue that gives messages up must deliver them more often than that; ``concurrency``
-    are the deliveries that one process handles at once."""
+    are the deliveries that one process handles at once. ``via="channel"``: it is a channel that is wanted."""
 
     name: str
     lease: float
@@ -118,6 +127,7 @@ class QueueSpec(msgspec.Struct, frozen=True):
     ordered: bool = False
     retries: int = 5
     concurrency: int = 8
+    via: Via = "queue"
 
 
 class Deployment(msgspec.Struct, frozen=True):
@@ -253,24 +263,63 @@ class ChannelRecord(msgspec.Struct, frozen=True):
 
 
 class ChannelBatch(Protocol):
-    """Consecutive records of one partition; unsettled ones are handed out again."""
+    """Consecutive records of one partition, held by one consumer of a name at a time; unsettled ones are
+    handed out again."""
 
     @property
     def records(self) -> Sequence[ChannelRecord]: ...
 
     async def settle(self, count: int | None = None) -> None:
-        """The consumer's position moves past the first `count` records (all by default); never back."""
+        """The consumer's position moves past the first `count` records (all by default); never back. The hold
+        on the partition ends with it. If the hold had been lost, nothing changes that another one did."""
         ...
+
+    async def extend(self) -> bool:
+        """Held from now on for as long as a batch is at first; False if the hold had been lost (it ran out,
+        the consumer was rewound, or the batch is settled): then stop having effects."""
+        ...
+
+
+class Lag(msgspec.Struct, frozen=True):
+    """How far a consumer is behind in one partition: who holds it (an opaque name; empty: nobody), the
+    position up to which it is settled (0: nothing is), and what is known of the rest: how many records, how
+    many seconds ago the next of them was put (``None``: not known), and whether the partition has ended."""
+
+    partition: int
+    owner: str = ""
+    position: int = 0
+    records: int | None = None
+    seconds: float | None = None
+    ended: bool = False
 
 
 class Channel(Protocol):
     """Ordered, partitioned, replayable transport; at least once, order kept per key."""
 
     async def put(self, records: Sequence[ChannelRecord]) -> None:
-        """All records are stored when this returns, those of one key in the order given."""
+        """All records are stored when this returns, those of one key in the order given.
+
+        Raises:
+            Permanent: a record is larger than the channel takes (1 MiB of data and key, unless it was made to
+                take more); none was put.
+            Retryable: it is not known which are stored; to put all of them again keeps the order.
+        """
         ...
 
     def consume(self, consumer: str, *, limit: int = 500, wait: float = 0) -> AsyncIterator[ChannelBatch]:
-        """Batches from `consumer`'s own position on (from the beginning for a new name), until none came
-        for `wait` seconds. The next batch of a partition is handed out when the last one was settled."""
+        """Batches of at most `limit` records from `consumer`'s own position on (from the beginning for a new
+        name), until none came for `wait` seconds. The next batch of a partition is handed out when the last
+        one was settled; no more is read ahead than that. Several iterators under one name, of any processes,
+        share the partitions; one that vanishes loses what it holds after a while."""
+        ...
+
+    async def lag(self, consumer: str) -> Sequence[Lag]:
+        """How far `consumer` is, for each partition that it has begun or that has records; for people: may be
+        out of date. Takes nothing, moves nothing."""
+        ...
+
+    async def rewind(self, consumer: str, positions: Mapping[int, int] | None = None) -> None:
+        """`consumer` is handed again what lies behind `positions` (by partition; as its records said), or all
+        that the channel still has. Whoever holds one of these partitions has lost it: what was handed out
+        before settles nothing any more."""
         ...

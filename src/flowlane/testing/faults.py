@@ -54,6 +54,7 @@ from flowlane.ports import (
     Writer,
 )
 from flowlane.state import Position, RunTally
+from flowlane.testing.channels import BATCHES, faulty_channel
 from flowlane.testing.clock import FATE, Fate, SimulatedDeath, VirtualClock, VirtualLoop
 from flowlane.testing.stores import Ports, using
 
@@ -79,6 +80,7 @@ MESSAGES = (
     "short lease",
     "index lag",
     "partial group",
+    *BATCHES,
 )
 
 
@@ -156,6 +158,7 @@ class Process:
         self._latency = latency
         self._main: asyncio.Task[None] | None = None
         self._spawned: list[asyncio.Task[None]] = []
+        loop.at_end.append(vars(self).clear)  # commits, which are such structs, hold its deliveries
 
     # ------------------------------------------------------------------ life and death
 
@@ -400,8 +403,8 @@ class FaultyBackend:
         return True
 
     def channel(self, name: str) -> Channel:
-        """See ``Backend.channel``; no faults."""
-        return self._backend.channel(name)
+        """See ``Backend.channel``; see ``testing.channels`` for its faults."""
+        return faulty_channel(self._process, self, self._backend, name)
 
     async def create(self, queues: Sequence[QueueSpec]) -> Sequence[str]:
         """See ``Backend.create``."""

@@ -12,7 +12,7 @@ from flowlane import events
 from flowlane.errors import Permanent, Retryable
 from flowlane.events import Event
 from flowlane.lane import Lane, Unit
-from flowlane.ports import Context
+from flowlane.ports import Context, Via
 from flowlane.state import status
 from flowlane.testing.jobs import EPOCH, Post, policy
 from flowlane.testing.oracle import Log
@@ -31,15 +31,16 @@ class Changed(Unit, key=("customer", "n"), type="changed"):
 class Ledger:
     """Some changes cannot be applied at the first attempt, and one never can.
 
-    `lost`: the units of which a message was lost, as it grows; what order remains is for the others.
+    `lost`: the units of which a message was lost, as it grows; what order remains is for the others. `via`:
+    what carries the changes.
     """
 
     name = "ledger"
     customers = "abc"
     each = 6
 
-    def __init__(self, rng: random.Random, lost: Set[str]) -> None:
-        self._lost = lost
+    def __init__(self, rng: random.Random, lost: Set[str], via: Via = "queue") -> None:
+        self._lost, self.via = lost, via
         self.names = [(customer, n) for n in range(self.each) for customer in self.customers]
         rng.shuffle(self.names)
         self.names.sort(key=lambda name: name[1] // 2)  # of two neighbours, either may come first
@@ -67,7 +68,7 @@ class Ledger:
                 if ctx.now() >= EPOCH + timedelta(seconds=3 * number):  # they come one after another
                     yield Changed(customer=customer, n=n)
 
-        @lane.stage(on=Changed, order="customer")
+        @lane.stage(on=Changed, order="customer", via=self.via)
         async def apply(event: Event, ctx: Context) -> None:
             name = (event.data.customer, event.data.n)
             if name == self.bad:

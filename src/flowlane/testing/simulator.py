@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import random
 import sys
@@ -26,11 +27,14 @@ import msgspec
 
 from flowlane.backends.memory import MemoryBackend
 from flowlane.compose import Application, open_application
+from flowlane.conveyor import CONSUMER, ChannelDelivery
 from flowlane.deadline import Deadline
 from flowlane.plugins import Registry
+from flowlane.ports import Via
 from flowlane.redrive import redrive
 from flowlane.settings import Settings
 from flowlane.testing import faults, stores
+from flowlane.testing.channels import ShardedBackend
 from flowlane.testing.clock import Deadlock, VirtualClock, VirtualLoop, run
 from flowlane.testing.faults import Counters, Faults, Process
 from flowlane.testing.jobs import EPOCH, Archives, Job, Tables
@@ -49,7 +53,17 @@ CALLS = {
     faults.HANG: 0.02,
 }
 #: Faults that strike a process, or all of them, from outside.
-WORLDLY = ("crash anywhere", "pause", "purge", "sigterm", "clock jump", "redrive", "second trigger")
+WORLDLY = (
+    "crash anywhere",
+    "pause",
+    "purge",
+    "sigterm",
+    "clock jump",
+    "redrive",
+    "second trigger",
+    "reshard",
+    "replay",
+)
 #: Every kind of fault there is.
 KINDS = (*CALLS, *faults.MESSAGES, *WORLDLY, "clock offset")
 
@@ -104,12 +118,19 @@ class Simulation:
         self.rng = random.Random(seed * 7919 + 1)
         self.clock = VirtualClock(loop, epoch=EPOCH)
         self.world = World(self.clock)
-        self.backend = MemoryBackend(self.clock)
+        # The changes of the ledger are carried by its queue, by a channel, or by a stream of shards.
+        carrier = random.Random(seed * 7919 + 3).choice(("queue", "channel", "stream"))
+        backend = ShardedBackend if carrier == "stream" else MemoryBackend
+        self.backend: MemoryBackend = backend(self.clock)
         self.counters = Counters()
         self.chaos = Chaos(random.Random(self.rng.getrandbits(64)), possible)
         self.registry = Registry({"testing": stores.plugin})
         self.tables = Tables(self.rng)
-        ledger = Ledger(random.Random(seed * 7919 + 2), self.counters.lost)
+        via: Via = "queue" if carrier == "queue" else "channel"
+        ledger = Ledger(random.Random(seed * 7919 + 2), self.counters.lost, via)
+        self.channels = [] if via == "queue" else [f"{ledger.name}/apply"]
+        if self.channels:
+            loop.at_end.append(_let_go_of_channels)
         self.jobs: list[Job] = [Archives(self.rng), self.tables, ledger]
         self.processes: dict[str, Process] = {}
         self.apps: dict[str, tuple[Application, asyncio.Event, Deadline]] = {}
@@ -181,7 +202,7 @@ class Simulation:
             await asyncio.sleep(self.rng.uniform(0.2, 6.0))
             kind = self.rng.choice(WORLDLY)
             alive = [p for p in self.processes.values() if not p.fate.dead and p.name in self.apps]
-            if self.possible(kind) and alive:
+            if self.possible(kind) and alive and (self.channels or kind not in ("reshard", "replay")):
                 self.counters.fired[kind] += 1
                 self.loop.trace(kind)
                 await self._strike(kind, self.rng.choice(alive))
@@ -205,6 +226,11 @@ class Simulation:
         elif kind == "second trigger":
             lane, slot = self.rng.choice(app.lanes), f"extra-{self.rng.randrange(3)}"
             process.spawn(_quietly(lambda: app.engine.trigger(lane.name, slot, by="simulator")))
+        elif kind == "reshard" and isinstance(self.backend, ShardedBackend):
+            self.backend.reshard(self.rng)
+        elif kind == "replay":
+            for name in self.channels:
+                await self.backend.channel(name).rewind(CONSUMER)
         elif kind == "redrive":
             name = self.rng.choice(app.lanes).name
             process.spawn(_quietly(lambda: redrive(app.engine, name)))
@@ -259,6 +285,13 @@ class Simulation:
         await asyncio.gather(*supervisors, return_exceptions=True)
         await self.rest()
         return await self.judge()
+
+
+def _let_go_of_channels() -> None:
+    """Commits that came to nothing hold deliveries of channels, and those all else: see ``VirtualLoop``."""
+    for known in gc.get_objects():
+        if isinstance(known, ChannelDelivery):
+            known.line = known.conveyor = None  # type: ignore[assignment]  # nobody is left to ask it
 
 
 async def _quietly(call: Callable[[], Awaitable[Any]]) -> None:

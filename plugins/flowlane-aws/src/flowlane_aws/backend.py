@@ -18,7 +18,9 @@ import msgspec
 
 from flowlane.errors import ConfigError, FlowlaneError, Permanent, VersionConflict, redact
 from flowlane.events import Event, Reference
+from flowlane.lane import duration
 from flowlane.ports import (
+    Backend,
     Channel,
     Commit,
     Committed,
@@ -30,11 +32,14 @@ from flowlane.ports import (
     Publish,
     QueueSpec,
 )
+from flowlane.shards import HOLD
 from flowlane.state import RunTally
 from flowlane_aws.bounded import all_of, each, owned_tasks
+from flowlane_aws.carriers import Carriers
 from flowlane_aws.clients import open_client
 from flowlane_aws.deploy import template
-from flowlane_aws.kinesis import KinesisChannel
+from flowlane_aws.kinesis import HOT as RECORDS
+from flowlane_aws.kinesis import KinesisChannel, creation
 from flowlane_aws.lazy import LazyClient
 from flowlane_aws.log.commits import Draft, is_timer
 from flowlane_aws.log.log import Log
@@ -93,6 +98,7 @@ class AwsBackend:
         self._table = table
         self.queues = queues
         self._channels = channels
+        self._carriers = Carriers(queues, self.channel)
         self._tasks = tasks
         #: Why the log took no commit the last time. Whoever receives next is told, and ends: attempts whose
         #: commits are refused would come again for ever.
@@ -128,14 +134,14 @@ class AwsBackend:
         return [_told(one, rounds) for one in _checked(drafts)]
 
     async def _send(self, applied: Sequence[Draft]) -> None:
-        """Hand to the queues what the commits publish, and note in the log what they have and have not."""
+        """Hand over what the commits publish, and note in the log what its queues and channels have not."""
         publishes = [publish for one in applied for publish in one.commit.publish]
         if not publishes:
             return
         now = [publish for publish in publishes if not is_timer(publish)]
         unsent = [publish for publish in publishes if is_timer(publish)]
         try:
-            accepted = await self.queues.send(now)
+            accepted = await self._carriers.send(now)
         except FlowlaneError as error:
             logger.warning("%d deliveries are left to the sweep: %s", len(now), error)
             accepted = [False] * len(now)
@@ -192,7 +198,7 @@ class AwsBackend:
             owed = [publish for publish in portion if (publish.stage, publish.group) not in held]
             if not owed:
                 continue
-            accepted = await self.queues.send(owed)
+            accepted = await self._carriers.send(owed)
             held |= {
                 (p.stage, p.group) for p, done in zip(owed, accepted, strict=True) if p.group and not done
             }
@@ -260,7 +266,8 @@ class AwsBackend:
 
     async def create(self, queues: Sequence[QueueSpec]) -> Sequence[str]:
         made = [self._table.name] if await create(self._table) else []
-        return [*made, *await self.queues.create(queues)]
+        made += await self.queues.create(queues)
+        return [*made, *await self._channels.create(queues)]
 
     def template(self, deployment: Deployment) -> Mapping[str, Any]:
         """See ``ports.Deployable``: a CloudFormation template."""
@@ -270,7 +277,11 @@ class AwsBackend:
         await self.queues.purge()
 
     def channel(self, name: str) -> Channel:
-        return self._channels.channel(name)
+        return self._channels.channel(name, self)
+
+    def stream_of(self, channel: str) -> str:
+        """See ``flowlane.aws_lambda.channels.Streaming``."""
+        return self._names.stream(channel)
 
 
 def _checked(drafts: Sequence[Draft]) -> Sequence[Draft]:
@@ -303,20 +314,37 @@ def _told(one: Draft, rounds: _Rounds | None) -> Committed | VersionConflict:
 
 
 class Channels:
-    """The channels of a backend; their client is opened with the first record."""
+    """The channels of a backend; their client is opened when one is put to or consumed. `hold`: theirs, in
+    seconds (see ``ShardedChannel``). With `aggregate`, what is put to them is put together."""
 
-    def __init__(self, names: Names, client: LazyClient, environment: Environment) -> None:
+    def __init__(
+        self,
+        names: Names,
+        client: LazyClient,
+        environment: Environment,
+        *,
+        aggregate: bool = False,
+        hold: float = HOLD,
+    ) -> None:
         self._names = names
         self._client = client
         self._clock = environment.clock
+        self._aggregate, self._hold = aggregate, hold
         self._channels: dict[str, KinesisChannel] = {}
 
-    def channel(self, name: str) -> Channel:
-        """The channel called `name`; the same one each time."""
+    def channel(self, name: str, log: Backend) -> Channel:
+        """The channel called `name`, the same one each time; its consumers' positions are in `log`."""
         if name not in self._channels:
             stream = self._names.stream(name)
-            self._channels[name] = KinesisChannel(stream, self._client, self._clock)
+            self._channels[name] = KinesisChannel(
+                name, stream, self._client, log, self._clock, aggregate=self._aggregate, hold=self._hold
+            )
         return self._channels[name]
+
+    async def create(self, queues: Sequence[QueueSpec]) -> Sequence[str]:
+        """The streams of those that are channels are there; see ``kinesis.creation``."""
+        specs = [spec for spec in queues if spec.via == "channel"]
+        return await creation.create(self._client, self._names, specs, self._clock)
 
 
 # --------------------------------------------------------------------------- factory
@@ -331,20 +359,28 @@ async def open_backend(
     endpoint: str = "",
     table: str = "",
     queue_prefix: str = "",
+    aggregate: str | bool = False,
+    hold: str = "",
 ) -> AsyncIterator[AwsBackend]:
     """The backend that `uri` names: ``aws://name``, whose table, queues and streams are called ``name-...``.
 
-    ``table`` and ``queue_prefix`` name single ones otherwise. Region, endpoint and credentials are the SDK's
-    settings where they are not given. Nothing is asked of AWS before it is used, and nothing is ever made
-    but by ``create``.
+    ``table`` and ``queue_prefix`` name single ones otherwise. ``aggregate=true`` has channels put small
+    records together, as the Kinesis Producer Library does (see ``kinesis.producer``); ``hold`` is how long a
+    shard whose owner has vanished is left alone (``30s``). Region, endpoint and credentials are the SDK's
+    settings where they are not given. Nothing is asked of AWS before it is used, and nothing is ever made but
+    by ``create``.
 
     Raises:
-        ConfigError: the name, or one that follows from it, is none that AWS takes.
+        ConfigError: the name, or one that follows from it, is none that AWS takes; or an option is wrong.
     """
     parts = urlsplit(uri)
     if parts.scheme != "aws" or not parts.netloc or parts.path.strip("/") or "@" in parts.netloc:
         raise ConfigError(f"{redact(uri)}: write aws://name, of which table and queues are called name-...")
-    names = checked(Names(parts.netloc, table, queue_prefix, region))
+    together = str(aggregate).lower()
+    if together not in ("true", "false"):
+        raise ConfigError(f"{redact(uri)}: aggregate={aggregate!r}: say true or false")
+    held = duration(hold) if hold else HOLD
+    names = checked(Names(parts.netloc, table, queue_prefix, region, together == "true", hold))
     clock = environment.clock
     # Left in this order: commits under way end before the clients are closed.
     async with AsyncExitStack() as stack, owned_tasks() as tasks:
@@ -360,5 +396,6 @@ async def open_backend(
             return await log.event(reference.stream, reference.version)
 
         queues = Queues(client("sqs", brisk=HOT), names, clock, resolve, tasks)
-        channels = Channels(names, client("kinesis"), environment)
+        kinesis = client("kinesis", brisk=RECORDS)
+        channels = Channels(names, kinesis, environment, aggregate=names.aggregate, hold=held)
         yield AwsBackend(names, log, log_table, queues, channels, tasks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Generic, Self, TypeVar
 
 T = TypeVar("T")
 
@@ -41,6 +41,40 @@ async def all_of(calls: Sequence[Callable[[], Coroutine[Any, Any, T]]], at_once:
             raise result
         results.append(result)
     return results
+
+
+class Flights(Generic[T]):
+    """Calls under way, each a task of `group`, whose answers are wanted as they come. Those that are still
+    under way when the context is left are cancelled."""
+
+    def __init__(self, group: asyncio.TaskGroup) -> None:
+        self._group = group
+        self._tasks: set[asyncio.Task[T | Exception]] = set()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    def start(self, call: Callable[[], Coroutine[Any, Any, T]]) -> None:
+        """`call` is under way."""
+        self._tasks.add(self._group.create_task(_caught(call)))
+
+    async def landed(self) -> list[T]:
+        """What those gave that have ended, once one has; raises what the first of them raised that failed."""
+        done, self._tasks = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        results: list[T] = []
+        for task in done:
+            result = task.result()
+            if isinstance(result, Exception):
+                raise result
+            results.append(result)
+        return results
 
 
 async def _caught(call: Callable[[], Coroutine[Any, Any, T]]) -> T | Exception:

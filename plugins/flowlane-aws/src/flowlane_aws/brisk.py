@@ -98,11 +98,18 @@ class BriskClient:
     registered for ``provide-client-params``, ``before-call``, ``after-call`` and ``needs-retry`` is called as
     ever, and what they put in the place of the request's body is sent.
 
+    Where `operations` maps an operation to a type, msgspec makes that of its answer: base64 becomes bytes,
+    and what the type does not name is passed over.
+
     Raises, from any operation: what the SDK's client raises.
     """
 
     def __init__(self, client: Any, credentials: Any, operations: Collection[str]) -> None:
         self._client = client
+        types = operations if isinstance(operations, Mapping) else dict.fromkeys(operations)
+        self._decoders = {
+            name: msgspec.json.Decoder(kind).decode if kind else _decode for name, kind in types.items()
+        }
         model = client.meta.service_model
         self._model = model
         self._events = client.meta.events
@@ -214,7 +221,7 @@ class BriskClient:
         if expected and str(zlib.crc32(told)) != expected:
             raise HTTPClientError(error=f"an answer to {model.name} whose CRC-32 is not {expected}")
         if http.status_code == 200:
-            return http, _object(told, model.name)
+            return http, _object(told, model.name, self._decoders[model.name])
         return http, await self._refusal(model, http, told)
 
     async def _signed(self, operation: str, body: bytes) -> dict[str, str]:
@@ -241,10 +248,10 @@ class BriskClient:
         return parsed
 
 
-def _object(told: bytes, operation: str) -> Mapping[str, Any]:
+def _object(told: bytes, operation: str, decode: Callable[[bytes], Any]) -> Any:
     """The JSON object `told`; an error that is worth another try if it is none (a proxy's page, say)."""
     try:
-        return _decode(told) if told else {}
+        return decode(told or b"{}")
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise HTTPClientError(error=f"an answer to {operation} that is no JSON object: {error}") from None
 

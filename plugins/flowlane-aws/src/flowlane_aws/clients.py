@@ -298,7 +298,10 @@ def _answered(error: ClientError, what: str) -> FlowlaneError:
     if code in _ELSEWHERE or status == 301:
         return ConfigError(f"{what}: it lies in another region ({said}): set AWS_REGION or region=")
     if code in _MISSING:
-        return ConfigError(f"{what}: it does not exist ({said}): create it, or check name and region")
+        return ConfigError(
+            f"{what}: it does not exist ({said}): create it (`flowlane init` makes what stages need), or "
+            "check name and region"
+        )
     if code in _AWAY or status >= 500:
         return Retryable(f"{what}: AWS could not ({said})")
     return Permanent(f"{what}: refused ({said})")

@@ -28,11 +28,12 @@ from flowlane_aws.cloudformation import (
     text,
     trust,
 )
+from flowlane_aws.kinesis.creation import KEPT, MODE
 from flowlane_aws.log.making import definition
 from flowlane_aws.names import Names
-from flowlane_aws.queue.creation import receives, settings, settings_of_dead
+from flowlane_aws.queue.creation import is_fifo, receives, settings, settings_of_dead
 
-#: What stages ask of the log's table and of the lane's queues; ``docs/aws.md`` lists the same.
+#: What stages ask of the log's table, the lane's queues and its streams; ``docs/aws.md`` lists the same.
 OF_THE_TABLE: Final = ("BatchGetItem", "PartiQLUpdate", "PutItem", "Query", "UpdateItem")
 OF_THE_QUEUES: Final = (
     "ChangeMessageVisibility",
@@ -42,6 +43,15 @@ OF_THE_QUEUES: Final = (
     "ReceiveMessage",
     "SendMessage",
 )
+OF_THE_STREAMS: Final = (
+    "DescribeStreamSummary",
+    "GetRecords",
+    "GetShardIterator",
+    "ListShards",
+    "PutRecords",
+)
+#: What a mapping asks of them besides, as the function (Lambda developer guide, "Using Lambda with Kinesis").
+_OF_A_MAPPING: Final = ("DescribeStream",)
 
 #: Timeouts of the function to choose from, in seconds (the last is Lambda's longest). They are a choice since
 #: its queues hide messages for six of them, and a template cannot multiply.
@@ -53,6 +63,9 @@ _SPARE: Final = 30
 _RETENTIONS: Final = (1, 7, 14, 30, 90, 365)
 #: Messages in a batch without a batching window, which FIFO queues do not have.
 _BATCH: Final = 10
+#: Records in a batch of a stream (Lambda's own default), and batches of one shard at once, at most.
+_RECORDS: Final = 100
+_PARALLEL: Final = 10
 
 _VARIABLE: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]+")
 #: What Lambda sets (its developer guide, "Reserved environment variables"), and what the template sets.
@@ -70,16 +83,22 @@ def template(names: Names, deployment: Deployment) -> Json:
     """
     stages = _logical(deployment.queues)
     queues: dict[str, Json] = {}
+    channels: dict[str, Json] = {}
     for logical, spec in stages.items():
-        queues |= _queues(names, logical, spec)
+        if spec.via == "channel":
+            channels |= _stream(names, logical, spec)
+            queues |= _dead(names, logical, spec)
+        else:
+            queues |= _queues(names, logical, spec)
     resources = {
         "Log": _table(names),
         **queues,
+        **channels,
         "FunctionLog": {
             **_of_function("Logs::LogGroup", {"RetentionInDays": ref("LogRetention")}),
             **_GONE,
         },
-        "FunctionRole": _of_function("IAM::Role", _role(names, deployment.queues, list(queues))),
+        "FunctionRole": _of_function("IAM::Role", _role(names, deployment.queues, queues, channels)),
         **{f"{logical}Mapping": _mapping(logical, spec) for logical, spec in stages.items()},
         **_schedules(deployment),
     }
@@ -158,7 +177,6 @@ def _table(names: Names) -> Json:
 
 def _queues(names: Names, logical: str, spec: QueueSpec) -> dict[str, Json]:
     """A stage's queue and its dead letters', which go with the stack: what they hold is in the log."""
-    dead = {"QueueName": names.dead(spec.name, ordered=spec.ordered), **settings_of_dead(spec)}
     policy = {"deadLetterTargetArn": arn(f"{logical}Dead"), "maxReceiveCount": receives(spec)}
     queue = {
         "QueueName": names.queue(spec.name, ordered=spec.ordered),
@@ -168,22 +186,37 @@ def _queues(names: Names, logical: str, spec: QueueSpec) -> dict[str, Json]:
     }
     return {
         f"{logical}Queue": {"Type": "AWS::SQS::Queue", **_GONE, "Properties": queue},
-        f"{logical}Dead": {"Type": "AWS::SQS::Queue", **_GONE, "Properties": dead},
+        **_dead(names, logical, spec),
     }
 
 
-def _role(names: Names, specs: Sequence[QueueSpec], queues: Sequence[str]) -> Json:
+def _dead(names: Names, logical: str, spec: QueueSpec) -> dict[str, Json]:
+    dead = {"QueueName": names.dead(spec.name, ordered=is_fifo(spec)), **settings_of_dead(spec)}
+    return {f"{logical}Dead": {"Type": "AWS::SQS::Queue", **_GONE, "Properties": dead}}
+
+
+def _stream(names: Names, logical: str, spec: QueueSpec) -> dict[str, Json]:
+    """A stage's channel, which goes with the stack as a queue does."""
+    properties = {"Name": names.stream(spec.name), "RetentionPeriodHours": KEPT, **MODE}
+    return {f"{logical}Stream": {"Type": "AWS::Kinesis::Stream", **_GONE, "Properties": properties}}
+
+
+def _role(
+    names: Names, specs: Sequence[QueueSpec], queues: Collection[str], channels: Collection[str]
+) -> Json:
     """What runs the stages may do so, and nothing else. Whether a queue is an ordered one it finds out by
     asking for the standard one of that stage first."""
     table = f"table/{names.log}"
     of_table = [named("dynamodb", table), named("dynamodb", f"{table}/index/*")]
-    ordered = [spec.name for spec in specs if spec.ordered]
+    ordered = [spec.name for spec in specs if is_fifo(spec)]
+    of_streams = [f"kinesis:{action}" for action in sorted({*OF_THE_STREAMS, *_OF_A_MAPPING})]
     others = [named("sqs", name(stage)) for stage in ordered for name in (names.queue, names.dead)]
     of_log = ["logs:CreateLogStream", "logs:PutLogEvents"]
     statements = [
         allow([f"dynamodb:{action}" for action in OF_THE_TABLE], of_table),
         allow([f"sqs:{action}" for action in OF_THE_QUEUES], [arn(queue) for queue in queues]),
         *([allow(["sqs:GetQueueUrl"], others)] if others else []),
+        *([allow(of_streams, [arn(stream) for stream in channels])] if channels else []),
         allow(of_log, [arn("FunctionLog")]),
     ]
     return {
@@ -220,6 +253,8 @@ def _function(names: Names, lane: str, variables: Mapping[str, str]) -> Json:
 
 
 def _mapping(logical: str, spec: QueueSpec) -> Json:
+    if spec.via == "channel":
+        return _of_function("Lambda::EventSourceMapping", _mapping_of_stream(logical, spec))
     properties = {
         "EventSourceArn": arn(f"{logical}Queue"),
         "FunctionName": ref("Function"),
@@ -228,6 +263,23 @@ def _mapping(logical: str, spec: QueueSpec) -> Json:
         "ScalingConfig": {"MaximumConcurrency": ref("Concurrency")},
     }
     return _of_function("Lambda::EventSourceMapping", properties)
+
+
+def _mapping_of_stream(logical: str, spec: QueueSpec) -> Json:
+    """Units have a budget in the log, and what is no event is parked by the function. What ends it again and
+    again is given up some time, alone, or it would keep its shard until its records are gone: as with a
+    queue, later than any unit's budget is spent. Of one key there is one batch at a time in any case."""
+    return {
+        "EventSourceArn": arn(f"{logical}Stream"),
+        "FunctionName": ref("Function"),
+        "FunctionResponseTypes": ["ReportBatchItemFailures"],
+        "StartingPosition": "TRIM_HORIZON",
+        "BatchSize": _RECORDS,
+        "ParallelizationFactor": min(spec.concurrency, _PARALLEL),
+        "BisectBatchOnFunctionError": True,
+        "MaximumRetryAttempts": receives(spec),
+        "DestinationConfig": {"OnFailure": {"Destination": arn(f"{logical}Dead")}},
+    }
 
 
 def _schedules(deployment: Deployment) -> Json:

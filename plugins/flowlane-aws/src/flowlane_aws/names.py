@@ -27,6 +27,7 @@ _STREAM: Final = 128
 
 class Names(msgspec.Struct, frozen=True):
     """The names that begin with ``name``; ``table`` and ``queue_prefix`` stand in for what follows from it.
+    ``aggregate`` and ``hold`` (a duration) are no part of any, but of the URI.
 
     Different stages (channels) never share a queue (stream): a text that does not survive being made a name,
     or is too long for one, has a digest of itself put behind what is left of it.
@@ -36,6 +37,8 @@ class Names(msgspec.Struct, frozen=True):
     table: str = ""
     queue_prefix: str = ""
     region: str = ""
+    aggregate: bool = False
+    hold: str = ""
 
     @property
     def uri(self) -> str:
@@ -48,7 +51,13 @@ class Names(msgspec.Struct, frozen=True):
         return self._uri(region="")
 
     def _uri(self, *, region: str) -> str:
-        given = {"region": region, "table": self.table, "queue_prefix": self.queue_prefix}
+        given = {
+            "region": region,
+            "table": self.table,
+            "queue_prefix": self.queue_prefix,
+            "aggregate": "true" if self.aggregate else "",
+            "hold": self.hold,
+        }
         query = urlencode({option: value for option, value in given.items() if value})
         return f"aws://{self.name}?{query}" if query else f"aws://{self.name}"
 
@@ -66,7 +75,10 @@ class Names(msgspec.Struct, frozen=True):
         return f"{self._queue(stage)}-dead" + (".fifo" if ordered else "")
 
     def stream(self, channel: str) -> str:
-        """The Kinesis stream of `channel`."""
+        """The Kinesis stream of `channel`; a stage's, which is called as its queue would be (lane/stage), has
+        a dot in its name, and no other one has."""
+        if _STAGE.fullmatch(channel):
+            return _shortened(f"{self.name}-{channel.replace('/', '.')}", channel, _STREAM, unfit=False)
         return _shortened(
             f"{self.name}-{_UNFIT.sub('-', channel)}", channel, _STREAM, bool(_UNFIT.search(channel))
         )

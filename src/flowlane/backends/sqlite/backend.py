@@ -64,13 +64,21 @@ class SqliteBackend:
     async def commit(self, work: Sequence[Commit]) -> Sequence[Committed | VersionConflict]:
         prepared: list[Prepared] = []
         moves_up = False  # behind what is acked: the next of its group
-        for commit in checked(work):
+        carried: list[tuple[int, Delivery]] = []  # which another than the queue has brought
+        for number, commit in enumerate(checked(work)):
             delivery = commit.ack
-            assert delivery is None or isinstance(delivery, _Delivery), "a delivery of another backend"
-            prepared.append(prepare(commit, delivery.lease if delivery else None))
-            moves_up = moves_up or (delivery is not None and delivery.event.partitionkey != "")
-        answer: Sequence[Committed | VersionConflict] = await self.writer.submit(Work(prepared, moves_up))
-        return answer
+            lease = None
+            if isinstance(delivery, _Delivery):
+                lease = delivery.lease
+                moves_up = moves_up or delivery.event.partitionkey != ""
+            elif delivery is not None:
+                carried.append((number, delivery))
+            prepared.append(prepare(commit, lease))
+        answers: Sequence[Committed | VersionConflict] = await self.writer.submit(Work(prepared, moves_up))
+        for number, delivery in carried:
+            if isinstance(answers[number], Committed):
+                await delivery.ack()
+        return answers
 
     async def last(self, streams: Sequence[str]) -> Mapping[str, Event]:
         return await self._reader.last(streams)

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from itertools import count
 from typing import Any, Final
 
 import msgspec
 
-from flowlane.backends.common import CHANNEL_LEASE, PARTITIONS, POLL, News, consume, partition
-from flowlane.backends.sqlite.group import Wide
+from flowlane.backends.common import (
+    BATCH_BYTES,
+    CHANNEL_LEASE,
+    PARTITIONS,
+    POLL,
+    News,
+    consume,
+    portions,
+)
 from flowlane.backends.sqlite.queue import Change
+from flowlane.backends.sqlite.records import store
 from flowlane.backends.sqlite.writer import WRITE, Writer
 from flowlane.clock import Clock
-from flowlane.ports import ChannelBatch, ChannelRecord
+from flowlane.ports import ChannelBatch, ChannelRecord, Lag
 
 _records: Final = msgspec.json.Decoder(list[tuple[int, str, str]])
-_positions: Final = msgspec.json.Decoder(list[int])
+_numbers: Final = msgspec.json.Decoder(list[int])
+_lags: Final = msgspec.json.Decoder(list[tuple[int, str, int, int]])
 
-_INSERT: Final = Wide("INSERT INTO channel (channel, partition, position, key, data) VALUES ", "(?,?,?,?,?)")
-_ENDS: Final = """
-SELECT json_group_array(coalesce(
-    (SELECT max(position) FROM channel WHERE channel = ? AND partition = value), 0)) FROM json_each(?)
-"""
+# Milliseconds.
+_LEASE: Final = int(CHANNEL_LEASE * 1000)
+
 # The first partition, of those given in order, that has records to hand out and is nobody's. A hold that ends
 # later than any can is one from before the wall clock was set back.
 _FREE: Final = """
@@ -33,69 +41,98 @@ WHERE (c.owner IS NULL OR c.owner = '' OR c.until <= ?4 OR c.until > ?5) AND EXI
     WHERE r.channel = ?1 AND r.partition = p.value AND r.position > coalesce(c.position, 0))
 LIMIT 1
 """
-_HELD: Final = "SELECT min(until) FROM consumer WHERE channel = ? AND consumer = ? AND owner NOT IN ('', ?)"
+# An owner is the name of an iteration and the number of the hold: that of a batch, and of no other.
+_HELD: Final = (
+    "SELECT min(until) FROM consumer "
+    "WHERE channel = ? AND consumer = ? AND owner <> '' AND substr(owner, 1, length(?3)) <> ?3"
+)
 _HOLD: Final = """
 INSERT INTO consumer (channel, consumer, partition, position, owner, until) VALUES (?,?,?,0,?,?)
 ON CONFLICT DO UPDATE SET owner = excluded.owner, until = excluded.until
+"""
+_SIZES: Final = """
+SELECT json_group_array(size) FROM (
+    SELECT length(data) AS size FROM channel WHERE channel = ? AND partition = ? AND position > ?
+    ORDER BY position LIMIT ?)
 """
 _NEXT: Final = """
 SELECT json_group_array(json_array(position, key, hex(data))) FROM (
     SELECT position, key, data FROM channel WHERE channel = ? AND partition = ? AND position > ?
     ORDER BY position LIMIT ?)
 """
-_SETTLE: Final = """
-UPDATE consumer
-    SET position = max(position, ?), owner = CASE WHEN owner = ? AND until = ? THEN '' ELSE owner END
-WHERE channel = ? AND consumer = ? AND partition = ?
+_MINE: Final = "channel = ? AND consumer = ? AND partition = ? AND owner = ?"
+_SETTLE: Final = f"UPDATE consumer SET position = max(position, ?), owner = '' WHERE {_MINE}"  # noqa: S608  # a constant
+_EXTEND: Final = f"UPDATE consumer SET until = ? WHERE {_MINE} AND until > ?"  # noqa: S608  # a constant
+_GIVE_UP: Final = (
+    "UPDATE consumer SET owner = '' "
+    "WHERE channel = ? AND consumer = ? AND owner <> '' AND substr(owner, 1, length(?3)) = ?3"
+)
+# Positions are consecutive: how many records there are need not be counted.
+_LAG: Final = """
+SELECT json_group_array(json_array(
+    partition, CASE WHEN until > ?4 THEN owner ELSE '' END, coalesce(position, 0), last))
+FROM (
+    SELECT p.value AS partition, c.owner, c.until, c.position,
+        (SELECT max(position) FROM channel AS r WHERE r.channel = ?1 AND r.partition = p.value) AS last
+    FROM json_each(?3) AS p
+    LEFT JOIN consumer AS c ON c.channel = ?1 AND c.consumer = ?2 AND c.partition = p.value)
+WHERE last IS NOT NULL
 """
+_REWIND: Final = """
+INSERT INTO consumer (channel, consumer, partition, position, owner, until)
+SELECT ?1, ?2, ?3, max(0, min(?4, coalesce(
+    (SELECT max(position) FROM channel WHERE channel = ?1 AND partition = ?3), 0))), '', 0 WHERE true
+ON CONFLICT DO UPDATE SET position = excluded.position, owner = '', until = 0
+"""
+_ALL: Final = str(list(range(PARTITIONS)))
 
 
 class _Put(Change):
     wakes = True
 
     def __init__(self, channel: str, records: Sequence[ChannelRecord]) -> None:
-        self.channel = channel
-        self.records = [(partition(record.key), record.key, record.data) for record in records]
-        self.size = sum(len(record.data) for record in records)
+        self.channel, self.records = channel, records
+        self.size = sum([len(record.data) for record in records])
 
     def run(self, connection: sqlite3.Connection, now: int) -> None:
-        touched = sorted({where for where, _, _ in self.records})
-        (text,) = connection.execute(_ENDS, (self.channel, str(touched))).fetchone()
-        ends = dict(zip(touched, _positions.decode(text), strict=True))
-        rows: list[Any] = []
-        for where, key, data in self.records:
-            ends[where] += 1
-            rows += (self.channel, where, ends[where], key, data)
-        _INSERT.run(connection, rows)
+        store(connection, self.channel, self.records)
 
 
 class _Next:
-    """The answer is a partition, the end of the hold on it and its next records as JSON; or in how many
+    """The answer is a partition, the owner of the hold on it and its next records as JSON; or in how many
     seconds another consumer's hold ends; or ``None``."""
 
     wakes = False
     size = 0
 
-    def __init__(self, channel: str, consumer: str, owner: str, limit: int, order: str) -> None:
-        self.channel, self.consumer, self.owner = channel, consumer, owner
+    def __init__(self, channel: str, consumer: str, owner: str, hold: str, limit: int, order: str) -> None:
+        self.channel, self.consumer, self.owner, self.hold = channel, consumer, owner, hold
         self.limit, self.order = limit, order
 
     def peek(self, connection: sqlite3.Connection, now: int) -> Any:
         return WRITE if self._free(connection, now) else self._held(connection, now)
 
-    def run(self, connection: sqlite3.Connection, now: int) -> tuple[int, int, str] | float | None:
+    def run(self, connection: sqlite3.Connection, now: int) -> tuple[int, str, str] | float | None:
         free = self._free(connection, now)
         if free is None:
             return self._held(connection, now)
         where, position = free
-        until = now + int(CHANNEL_LEASE * 1000)
-        connection.execute(_HOLD, (self.channel, self.consumer, where, self.owner, until))
-        (text,) = connection.execute(_NEXT, (self.channel, where, position, self.limit)).fetchone()
-        return where, until, text
+        connection.execute(_HOLD, (self.channel, self.consumer, where, self.hold, now + _LEASE))
+        behind = (self.channel, where, position)
+        (text,) = connection.execute(_NEXT, (*behind, self._fit(connection, behind))).fetchone()
+        return where, self.hold, text
+
+    def _fit(self, connection: sqlite3.Connection, behind: tuple[str, int, int]) -> int:
+        """How many of the records there make one batch."""
+        (text,) = connection.execute(_SIZES, (*behind, self.limit)).fetchone()
+        sizes = _numbers.decode(text)
+        while len(sizes) > 1 and sum(sizes) > BATCH_BYTES:
+            del sizes[max(1, len(sizes) // 2) :]
+        return len(sizes)
 
     def _free(self, connection: sqlite3.Connection, now: int) -> tuple[int, int] | None:
         found: tuple[int, int] | None = connection.execute(
-            _FREE, (self.channel, self.consumer, self.order, now, now + int(CHANNEL_LEASE * 1000))
+            _FREE, (self.channel, self.consumer, self.order, now, now + _LEASE)
         ).fetchone()
         return found
 
@@ -110,11 +147,21 @@ class _Next:
 class _Settle(Change):
     wakes = True
 
-    def __init__(self, name: tuple[str, str], hold: tuple[str, int], where: int, position: int) -> None:
-        self.row = (position, *hold, *name, where)
+    def __init__(self, mine: tuple[str, str, int, str], position: int) -> None:
+        self.row = (position, *mine)
 
     def run(self, connection: sqlite3.Connection, now: int) -> None:
         connection.execute(_SETTLE, self.row)
+
+
+class _Extend(Change):
+    """The answer is whether the hold was still there."""
+
+    def __init__(self, mine: tuple[str, str, int, str]) -> None:
+        self.mine = mine
+
+    def run(self, connection: sqlite3.Connection, now: int) -> bool:
+        return connection.execute(_EXTEND, (now + _LEASE, *self.mine, now)).rowcount == 1
 
 
 class _GiveUp(Change):
@@ -124,58 +171,101 @@ class _GiveUp(Change):
         self.row = (channel, consumer, owner)
 
     def run(self, connection: sqlite3.Connection, now: int) -> None:
-        connection.execute(
-            "UPDATE consumer SET owner = '' WHERE channel = ? AND consumer = ? AND owner = ?", self.row
-        )
+        connection.execute(_GIVE_UP, self.row)
+
+
+class _Rewind(Change):
+    wakes = True
+
+    def __init__(self, channel: str, consumer: str, positions: Mapping[int, int]) -> None:
+        self.rows = [(channel, consumer, where, position) for where, position in positions.items()]
+
+    def run(self, connection: sqlite3.Connection, now: int) -> None:
+        for row in self.rows:
+            connection.execute(_REWIND, row)
+
+
+class _Look:
+    """The answer is a ``Lag`` for each partition that has records, as JSON."""
+
+    wakes = False
+    size = 0
+
+    def __init__(self, channel: str, consumer: str) -> None:
+        self.row = (channel, consumer, _ALL)
+
+    def peek(self, connection: sqlite3.Connection, now: int) -> Any:
+        return self.run(connection, now)
+
+    def run(self, connection: sqlite3.Connection, now: int) -> Any:
+        (text,) = connection.execute(_LAG, (*self.row, now)).fetchone()
+        return text
+
+    def abandoned(self, answer: Any) -> None:
+        """Nothing."""
 
 
 class _Batch:
-    """``name`` are the channel and the consumer, ``hold`` its owner and end."""
+    """``mine`` are the channel, the consumer, the partition and the owner of the hold."""
 
-    __slots__ = ("_hold", "_name", "_writer", "records")
+    __slots__ = ("_mine", "_writer", "records")
 
-    def __init__(
-        self, records: list[ChannelRecord], name: tuple[str, str], hold: tuple[str, int], writer: Writer
-    ) -> None:
+    def __init__(self, records: list[ChannelRecord], mine: tuple[str, str, int, str], writer: Writer) -> None:
         self.records = records
-        self._name, self._hold, self._writer = name, hold, writer
+        self._mine, self._writer = mine, writer
 
     async def settle(self, count: int | None = None) -> None:
         done = self.records[:count]
-        position = done[-1].position if done else 0
-        await self._writer.submit(_Settle(self._name, self._hold, self.records[0].partition, position))
+        await self._writer.submit(_Settle(self._mine, done[-1].position if done else 0))
+
+    async def extend(self) -> bool:
+        return bool(await self._writer.submit(_Extend(self._mine)))
 
 
 class SqliteChannel:
-    """See ``ports.Channel``. Positions count from 1 in each partition."""
+    """See ``ports.Channel``. Positions count from 1 in each partition. Records are kept for ever."""
 
     def __init__(self, name: str, clock: Clock, writer: Writer, news: News) -> None:
         self._name, self._clock, self._writer, self._news = name, clock, writer, news
 
     async def put(self, records: Sequence[ChannelRecord]) -> None:
-        if records:
-            await self._writer.submit(_Put(self._name, records))
+        for portion in await portions(self._name, records):
+            await self._writer.submit(_Put(self._name, portion))
 
     def consume(self, consumer: str, *, limit: int = 500, wait: float = 0) -> AsyncIterator[ChannelBatch]:
-        owner = self._clock.token()
+        owner = f"{self._clock.token()}."
+        holds = count(1)
         turn = 0
 
         async def find() -> ChannelBatch | float | None:
             nonlocal turn
             order = str([(turn + n) % PARTITIONS for n in range(PARTITIONS)])
-            answer = await self._writer.submit(_Next(self._name, consumer, owner, limit, order))
+            request = _Next(self._name, consumer, owner, f"{owner}{next(holds)}", limit, order)
+            answer = await self._writer.submit(request)
             if not isinstance(answer, tuple):
                 waiting: float | None = answer
                 return waiting
-            where, until, text = answer
+            where, hold, text = answer
             turn = where + 1
             records = [
                 ChannelRecord(key, bytes.fromhex(data), where, position)
                 for position, key, data in _records.decode(text)
             ]
-            return _Batch(records, (self._name, consumer), (owner, until), self._writer)
+            return _Batch(records, (self._name, consumer, where, hold), self._writer)
 
         def give_up() -> None:
             self._writer.leave(_GiveUp(self._name, consumer, owner))
 
         return consume(find, give_up, self._news, wait, POLL)
+
+    async def lag(self, consumer: str) -> Sequence[Lag]:
+        text = await self._writer.submit(_Look(self._name, consumer))
+        return [
+            Lag(where, owner, position, last - position)
+            for where, owner, position, last in _lags.decode(text)
+        ]
+
+    async def rewind(self, consumer: str, positions: Mapping[int, int] | None = None) -> None:
+        if positions is None:
+            positions = dict.fromkeys(range(PARTITIONS), 0)
+        await self._writer.submit(_Rewind(self._name, consumer, positions))

@@ -1,26 +1,23 @@
-"""Commits, many at once: what they write, and how conflicts among them are found.
-
-Every step of a statement gives up the interpreter lock and has to win it back, from a loop that may be busy:
-up to 5 ms for each row of an ``executemany``. So whole groups are written and read by few, wide statements.
-"""
+"""Commits, many at once: what they write, and how conflicts among them are found."""
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Sequence
 from math import ceil
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import msgspec
 
 from flowlane import state
+from flowlane.backends.sqlite.records import store
 from flowlane.backends.sqlite.schema import keep_order
 from flowlane.backends.sqlite.wall import Wall
+from flowlane.backends.sqlite.wide import Wide
 from flowlane.errors import VersionConflict
 from flowlane.events import UNIT_REDRIVEN, encode
-from flowlane.ports import Commit, Committed, Tally
+from flowlane.ports import ChannelRecord, Commit, Committed, Tally
 from flowlane.state import Counts, RunTally, StageTally
 
 _DONE: Final = Committed(MappingProxyType({}))
@@ -36,33 +33,6 @@ _ADD_TALLY: Final = (
 )
 _READ_TALLY: Final = f"SELECT stage, closed, {_TALLY} FROM tally WHERE run = ? AND round = ?"  # noqa: S608
 _COMPLETE: Final = "SELECT max(closed) AND NOT sum(found <> settled) FROM tally WHERE run = ? AND round = ?"
-
-
-class Wide(NamedTuple):
-    """A statement over many rows of values, in a few sizes, so that it stays prepared."""
-
-    start: str
-    row: str
-    end: str = ""
-
-    def parts(self, values: list[Any]) -> Iterator[tuple[str, list[Any]]]:
-        """The statements that take all of `values`, and what each takes."""
-        at = 0
-        for size in (512, 256, 128, 64, 32, 16, 8, 4, 2, 1):
-            step = size * self.row.count("?")
-            while len(values) - at >= step:
-                yield _sql(self, size), values[at : at + step]
-                at += step
-
-    def run(self, connection: sqlite3.Connection, values: list[Any]) -> None:
-        """Execute it, for its effect, on `values`."""
-        for sql, part in self.parts(values):
-            connection.execute(sql, part)
-
-
-@lru_cache(256)
-def _sql(wide: Wide, size: int) -> str:
-    return wide.start + ",".join([wide.row] * size) + wide.end
 
 
 _LOG: Final = Wide("INSERT INTO log (stream, version, lane, run, event) VALUES ", "(?,?,?,?,?)")
@@ -98,6 +68,7 @@ class Prepared(msgspec.Struct, gc=False):
     revived: list[tuple[str, str]]  #: lane and stream of what is dead no more
     #: whether repeated, then as in the queue
     publish: list[tuple[bool, str, int, str, int, str | None, str | None]]
+    puts: list[tuple[str, ChannelRecord]]  #: what goes to which channel
     tally: Sequence[Tally]
     ack: tuple[int, int] | None  #: queue id and lease
     size: int  #: bytes of the events in it
@@ -112,7 +83,7 @@ class Work:
     def __init__(self, commits: list[Prepared], wakes: bool) -> None:
         self.commits = commits
         self.size = sum(commit.size for commit in commits)
-        self.wakes = wakes or any(commit.publish for commit in commits)
+        self.wakes = wakes or any(commit.publish or commit.puts for commit in commits)
 
     def abandoned(self, answer: Any) -> None:
         """Nothing: the commits stand."""
@@ -133,13 +104,13 @@ def prepare(commit: Commit, ack: tuple[int, int] | None) -> Prepared:
     units: list[tuple[str, str, str | None]] = []
     revived: list[tuple[str, str]] = []
     size = 0
-    own: set[tuple[str, int]] = set()
+    own: dict[tuple[str, int], bytes] = {}
     for append in commit.appends:
         for event in append.events:
             text = encode(event)
             size += len(text)
             log += (append.stream, event.version, event.source, event.run, text.decode())
-            own.add((append.stream, event.version))
+            own[append.stream, event.version] = text
         last = append.events[-1]
         heads.append((append.stream, append.expected, last.version))
         index = state.index(last)
@@ -148,10 +119,17 @@ def prepare(commit: Commit, ack: tuple[int, int] | None) -> Prepared:
             if index == "open" and append.expected and UNIT_REDRIVEN in [e.type for e in append.events]:
                 revived.append((last.source, append.stream))
     rows: list[tuple[bool, str, int, str, int, str | None, str | None]] = []
+    puts: list[tuple[str, ChannelRecord]] = []
     for publish in commit.publish:
         event = publish.event
+        known = own.get((event.subject, event.version))
+        if publish.via == "channel":
+            text = known or encode(event)
+            size += len(text)
+            puts.append((publish.stage, ChannelRecord(publish.group, text)))
+            continue
         copy = None
-        if (event.subject, event.version) not in own:
+        if known is None:
             text = encode(event)
             size += len(text)
             copy = text.decode()
@@ -159,7 +137,7 @@ def prepare(commit: Commit, ack: tuple[int, int] | None) -> Prepared:
         rows.append(
             (publish.repeat, publish.stage, delay, event.subject, event.version, copy, publish.group or None)
         )
-    return Prepared(heads, log, units, revived, rows, commit.tally, ack, size)
+    return Prepared(heads, log, units, revived, rows, puts, commit.tally, ack, size)
 
 
 def apply(
@@ -225,9 +203,12 @@ def _write(connection: sqlite3.Connection, group: Iterable[Prepared], now: int) 
     publish: list[Any] = []
     lines: list[Any] = []
     revived: list[tuple[str, str]] = []
+    puts: dict[str, list[ChannelRecord]] = {}
     for commit in group:
         log += commit.log
         revived += commit.revived
+        for channel, record in commit.puts:
+            puts.setdefault(channel, []).append(record)
         for unit in commit.units:
             units[unit[0]] = unit
         if commit.ack is not None:
@@ -248,6 +229,8 @@ def _write(connection: sqlite3.Connection, group: Iterable[Prepared], now: int) 
         connection.executemany(_REVIVE, revived)
     _list(connection, units.values())
     _flush(connection, acks, publish, lines, now)
+    for channel, records in puts.items():
+        store(connection, channel, records)
 
 
 def _list(connection: sqlite3.Connection, units: Iterable[tuple[str, str, str | None]]) -> None:

@@ -96,7 +96,8 @@ class Delivery:
 
     async def put(self, items: AsyncIterable[Sequence[Item]]) -> list[tuple[Item, str]]:
         """All `items` are in the table, or a later row is, but those returned, which it refuses. They have
-        different keys, and are sent as they come, in any order.
+        different keys, and are sent as they come, in any order. More of them are asked for when fewer calls
+        wait than may be in flight.
 
         Raises:
             Retryable: throttled, or away, for too long; any of the items may be in the table.
@@ -109,6 +110,7 @@ class Delivery:
                 async for some in items:
                     calls.extend(Call(chunk) for chunk in chunks(some, self._form))
                     work.more(tasks)
+                    await work.room()
         except BaseExceptionGroup as group:
             raise leaf(group) from None
         return work.refused
@@ -124,6 +126,7 @@ class _Work:
         self._pace = pace
         self._calls = calls
         self._running = 0
+        self._taken = asyncio.Event()  # a call, by a worker
         self._moved = clock.monotonic()  # when an item last got anywhere
 
     def more(self, tasks: asyncio.TaskGroup) -> None:
@@ -132,11 +135,20 @@ class _Work:
             self._running += 1
             tasks.create_task(self._work(tasks))
 
+    async def room(self) -> None:
+        """Return when fewer calls wait than may be in flight: items that nobody can send yet would only fill
+        memory, and their making hold up those who send."""
+        while len(self._calls) >= self._pace.limit:
+            self._taken.clear()
+            await self._taken.wait()
+
     async def _work(self, tasks: asyncio.TaskGroup) -> None:
         # A worker too many ends; the last one never is. Whatever is to be tried again is back among the
         # calls by then, so that the pace holds for it too.
         while self._calls and self._running <= self._pace.limit:
-            await self._make(self._calls.popleft(), tasks)
+            call = self._calls.popleft()
+            self._taken.set()
+            await self._make(call, tasks)
             self.more(tasks)
         self._running -= 1
 

@@ -26,8 +26,10 @@ Sized = tuple[Value, int]
 
 MAX_ITEM: Final = 400 << 10
 _MAX_NAME: Final = 64 << 10
+_KNOWN: Final = 1000  # names that are remembered, of 64 KB at most
 _MAX_LEVELS: Final = 32
 _DIGITS: Final = 38
+_FIT: Final = 10**_DIGITS
 _HIGHEST, _LOWEST = 125, -130  # decimal exponents of a number's first digit
 _EXACT: Final = Context(prec=200)
 _NUMBER: Final = re.compile(r"[+-]?(\d{1,200}\.?\d{0,200}|\.\d{1,200})([eE][+-]?\d{1,4})?", re.ASCII)
@@ -46,47 +48,76 @@ class Key(msgspec.Struct, frozen=True):
     limit: int
 
 
-def item_of(
-    record: Mapping[str, Any], typed: Mapping[str, Key], required: frozenset[str], reserve: int = 0
-) -> Sized:
-    """`record` as an item, by attribute name. The attributes in `typed` are keys and get the type that the
-    table gave them; those of them that are not `required` (keys of an index) are left out where they are
-    ``None``. `reserve` bytes are kept free.
+class Items:
+    """Records as items of one table, by attribute name. The attributes in `typed` are keys and get the type
+    that the table gave them; those of them that are not `required` (keys of an index) are left out where
+    they are ``None``. `reserve` bytes of each item are kept free."""
 
-    Raises:
-        Misfit: a value cannot be stored, a key is missing, or the item is too large.
-    """
-    item: Value = {}
-    size = 0
-    for name, value in record.items():
-        # What most fields of most records are takes a third of the time so.
-        if type(value) is str and value.isascii() and name not in typed and _plain(name):
-            item[name] = {"S": value}
-            size += len(value) + len(name)
-            continue
+    def __init__(self, typed: Mapping[str, Key], required: frozenset[str], reserve: int = 0) -> None:
+        self._typed = typed
+        self._required = required
+        self._room = MAX_ITEM - reserve
+        #: How many bytes the names have that were found to be in order, and are no keys: a record mostly has
+        #: the names of the one before it. Bounded: names may be data.
+        self._known: dict[str, int] = {}
+
+    def item(self, record: Mapping[str, Any]) -> Sized:
+        """`record` as an item.
+
+        Raises:
+            Misfit: a value cannot be stored, a key is missing, or the item is too large.
+        """
+        item: Value = {}
+        size = 0
+        known = self._known
+        for name, value in record.items():
+            if name not in known:
+                size += self._put(item, name, value)
+                continue
+            size += known[name]
+            kind = type(value)
+            # What most fields of most records are takes a fifth of the time so.
+            if kind is str and value.isascii():
+                item[name] = {"S": value}
+                size += len(value)
+                continue
+            try:
+                item[name], found = _BY_TYPE.get(kind, value_of)(value)
+            except Misfit as error:
+                raise _of(name, error) from None
+            size += found
+        if not self._required.issubset(item):
+            raise Misfit(f"no value for its key ({', '.join(sorted(self._required.difference(item)))})")
+        if size > self._room:
+            raise Misfit(f"{size + MAX_ITEM - self._room:,} bytes, and an item has {MAX_ITEM:,} at most")
+        return item, size
+
+    def _put(self, item: Value, name: Any, value: Any) -> int:
+        """Put a field that is a key, or whose name is not known, into `item`; what it counts for."""
+        key = self._typed.get(name)
+        if key is not None and value is None:
+            return 0
+        length = self._named(name)
+        try:
+            item[name], size = value_of(value) if key is None else key_of(value, key)
+        except Misfit as error:
+            raise _of(name, error) from None
+        return size + length
+
+    def _named(self, name: Any) -> int:
+        """The bytes of a field's name, which an attribute can have."""
         if type(name) is not str:
             raise Misfit("a field's name is no text")
         if not name or len(name) > _MAX_NAME:
             raise Misfit("a field's name is empty, or over 64 KB")
-        try:
-            if name in typed:
-                if value is None:
-                    continue
-                item[name], found = key_of(value, typed[name])
-            else:
-                item[name], found = value_of(value)
-        except Misfit as error:
-            raise Misfit(f"{name[:80]!a}: {error}") from None
-        size += found + _length(name)
-    if not required.issubset(item):
-        raise Misfit(f"no value for its key ({', '.join(sorted(required.difference(item)))})")
-    if size + reserve > MAX_ITEM:
-        raise Misfit(f"{size + reserve:,} bytes, and an item has {MAX_ITEM:,} at most")
-    return item, size
+        length = _length(name)
+        if name not in self._typed and len(self._known) < _KNOWN:
+            self._known[name] = length
+        return length
 
 
-def _plain(name: object) -> bool:
-    return type(name) is str and name.isascii() and 0 < len(name) <= _MAX_NAME
+def _of(name: str, error: Misfit) -> Misfit:
+    return Misfit(f"{name[:80]!a}: {error}")
 
 
 def value_of(value: Any, levels: int = _MAX_LEVELS) -> Sized:
@@ -160,7 +191,7 @@ def _int(value: int) -> Sized:
 
 
 def _integer(value: int) -> str:
-    if -(10**_DIGITS) < value < 10**_DIGITS:
+    if -_FIT < value < _FIT:
         return int.__repr__(value)
     if value.bit_length() <= 420:  # 10**126 has 419: beyond, not even its text is wanted
         text = int.__repr__(value)

@@ -69,9 +69,10 @@ class Draft(msgspec.Struct, eq=False):
 
 
 def is_timer(publish: Publish) -> bool:
-    """Whether the queue cannot keep it until it is due: a FIFO queue delays no single message (SQS API,
-    ``SendMessage``, DelaySeconds), and the others only for so long."""
-    return publish.delay > LONGEST_DELAY or (bool(publish.group) and publish.delay > 0)
+    """Whether what carries it cannot keep it until it is due: a FIFO queue delays no single message (SQS API,
+    ``SendMessage``, DelaySeconds), a channel none, and other queues only for so long."""
+    in_order = bool(publish.group) or publish.via == "channel"
+    return publish.delay > LONGEST_DELAY or (in_order and publish.delay > 0)
 
 
 def due(publish: Publish, now: float) -> float:

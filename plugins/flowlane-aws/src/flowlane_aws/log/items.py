@@ -15,7 +15,7 @@ waiting_as  the version that ``waiting`` was set for
 look        milliseconds of the epoch, as text: from when on the sweep is to look at the stream
 unsent      ``<lane>#<shard>``, sorted by ``due``: owed to queues that have not accepted it yet
 due         milliseconds of the epoch from when on the sweep is to send it, and a stamp, as text
-owed        what is owed: JSON, a list of [stage, group]
+owed        what is owed: JSON, a list of [stage, group], of a channel's [stage, group, "channel"]
 runs        first events of runs: ``<lane>``, sorted by ``stamp``
 ==========  =====================================================================================
 
@@ -33,7 +33,7 @@ import msgspec
 from flowlane import state
 from flowlane.clock import Clock
 from flowlane.events import Event, decode, encode
-from flowlane.ports import Index, Publish
+from flowlane.ports import Index, Publish, Via
 
 Item = dict[str, dict[str, Any]]
 
@@ -153,9 +153,9 @@ def gone_for_good(head: Event) -> bool:
 
 
 def owing(event: Event, due: float, stamp: str, publishes: Sequence[Publish]) -> Item:
-    """The attributes which say that the queues are owed `publishes` of `event`: to be sent by the sweep from
-    `due` (seconds of the epoch) on, in the order of `stamp` where several are due at once."""
-    owed = msgspec.json.encode([[each.stage, each.group] for each in publishes])
+    """The attributes which say that queues and channels are owed `publishes` of `event`: to be sent by the
+    sweep from `due` (seconds of the epoch) on, in the order of `stamp` where several are due at once."""
+    owed = msgspec.json.encode([_whither(each) for each in publishes])
     return {
         "unsent": text(f"{event.source}#{shard(event.subject)}"),
         "due": text(f"{milliseconds(due)} {stamp}"),
@@ -168,8 +168,19 @@ def owed_by(item: Mapping[str, Any]) -> list[Publish]:
     if "unsent" not in item:
         return []
     event = event_of(item)
-    owed = msgspec.json.decode(item["owed"]["S"], type=list[tuple[str, str]])
-    return [Publish(event, stage, group=group) for stage, group in owed]
+    owed = msgspec.json.decode(item["owed"]["S"], type=list[_Whither])
+    return [Publish(event, each.stage, group=each.group, via=each.via) for each in owed]
+
+
+class _Whither(msgspec.Struct, array_like=True):
+    stage: str
+    group: str
+    via: Via = "queue"
+
+
+def _whither(owed: Publish) -> Sequence[str]:
+    """Without what was no part of it before there were channels: an older release reads it, too."""
+    return (owed.stage, owed.group) if owed.via == "queue" else (owed.stage, owed.group, owed.via)
 
 
 def milliseconds(moment: float) -> str:

@@ -59,7 +59,13 @@ def settings(spec: QueueSpec) -> Mapping[str, Any]:
 
 def settings_of_dead(spec: QueueSpec) -> Mapping[str, Any]:
     """The same of the queue for its dead letters."""
-    return {"MessageRetentionPeriod": _DEAD_KEPT, **({"FifoQueue": True} if spec.ordered else {})}
+    return {"MessageRetentionPeriod": _DEAD_KEPT, **({"FifoQueue": True} if is_fifo(spec) else {})}
+
+
+def is_fifo(spec: QueueSpec) -> bool:
+    """Whether the queues of `spec` are FIFO ones. A channel keeps the order by itself, and what a mapping
+    gives up of it (Lambda developer guide, on-failure destinations) no FIFO queue is sent."""
+    return spec.ordered and spec.via == "queue"
 
 
 def receives(spec: QueueSpec) -> int:
@@ -74,8 +80,9 @@ def _texts(settings: Mapping[str, Any]) -> _Attributes:
 
 
 async def create(client: Any, names: Names, specs: Sequence[QueueSpec]) -> Sequence[str]:
-    """Make what is missing of the queues of `specs`: each with a dead-letter queue of its own. A queue that
-    has none given to it yet is given its own. What is set otherwise is left as somebody set it.
+    """Make what is missing of the queues of `specs`: each with a dead-letter queue of its own, which is all
+    that a channel has. A queue that has none given to it yet is given its own. What is set otherwise is left
+    as somebody set it.
 
     Raises:
         ConfigError: a queue is of the wrong kind, gives messages up elsewhere or too soon; or it may not be
@@ -93,18 +100,17 @@ class _Making:
         self._client = client
         self._spec = spec
         self._name = names.queue(spec.name, ordered=spec.ordered)
-        self._dead = names.dead(spec.name, ordered=spec.ordered)
+        self._dead = names.dead(spec.name, ordered=is_fifo(spec))
         self._other = names.queue(spec.name, ordered=not spec.ordered)
 
     async def make(self) -> Sequence[str]:
         """See ``create``."""
+        if self._spec.via == "channel":
+            return await self._make_dead()
         wanted = settings(self._spec)
         if await self._attributes(self._other) is not None:
             raise self._wrong_kind()
-        made: list[str] = []
-        if await self._attributes(self._dead) is None:
-            await self._create(self._dead, _texts(settings_of_dead(self._spec)))
-            made.append(self._dead)
+        made = await self._make_dead()
         dead = (await self._attributes(self._dead) or {}).get("QueueArn", "")
         found = await self._attributes(self._name)
         if found is None:
@@ -116,6 +122,13 @@ class _Making:
         else:
             self._check(Redrive.of(found), dead)
         return made
+
+    async def _make_dead(self) -> list[str]:
+        """The queue for dead letters is there; its name if it was made now."""
+        if await self._attributes(self._dead) is not None:
+            return []
+        await self._create(self._dead, _texts(settings_of_dead(self._spec)))
+        return [self._dead]
 
     def _wrong_kind(self) -> ConfigError:
         stage, other = self._spec.name, self._other

@@ -1,0 +1,56 @@
+"""Channels on Kinesis keep the promises of a channel: the shipped suite, on MiniStack."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import ClassVar
+
+import pytest
+
+from flowlane.ports import Backend
+from flowlane.testing.backend_model import Opener, Storage
+from flowlane.testing.channel_suite import ChannelSuite
+from flowlane.testing.manual import ManualClock
+from tests.aws_backend import RealClock, new_name, opened
+
+#: The channels that the suite uses.
+CHANNELS = ("changes", "other")
+
+
+class TestOnMiniStack(ChannelSuite):
+    """Leases are in the log, on DynamoDB; a hold is so many seconds of a real clock."""
+
+    persistent = True
+    HOLD: ClassVar[float] = 1.0
+    CUTS: ClassVar[int] = 4
+
+    @pytest.fixture
+    def clock(self) -> ManualClock:
+        return RealClock()
+
+    @pytest.fixture
+    def storage(self, clock: ManualClock, ministack: str) -> Storage:
+        def storage() -> Opener:
+            name, made = new_name(), False
+
+            @asynccontextmanager
+            async def opening() -> AsyncIterator[Backend]:
+                nonlocal made
+                async with opened(name, clock) as backend:
+                    backend._channels._hold = self.HOLD
+                    if not made:
+                        await backend.create([])
+                        for channel in CHANNELS:  # of two shards: on demand the stand-in makes one
+                            client = backend._channels._client
+                            await client.create_stream(StreamName=f"{name}-{channel}", ShardCount=2)
+                        made = True
+                    yield backend
+
+            return opening
+
+        return storage
+
+    async def elapse(self, clock: ManualClock, seconds: float) -> None:
+        await asyncio.sleep(seconds)

@@ -1,0 +1,62 @@
+"""The records of a stage's own channel, which a mapping brings: handled, or parked, as a worker would.
+
+What else is put to a stream is an event source like any other (see ``wanted``), and what makes no sense in it
+is its mapping's to give up. But a stage's channel holds the lane's own deliveries, and is to go on.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from flowlane import events
+from flowlane.aws_lambda.invocation import Invocation
+from flowlane.aws_lambda.payload import Batch, Message
+from flowlane.engine import Engine
+from flowlane.errors import Permanent, Retryable
+from flowlane.handling import Handling
+from flowlane.parking import park, refusal
+from flowlane.ports import ChannelRecord
+from flowlane.shards import position
+
+
+@runtime_checkable
+class Streaming(Protocol):
+    """What a backend offers besides, if its channels are streams that a mapping can read."""
+
+    def stream_of(self, channel: str) -> str:
+        """What the stream of the channel of that name is called."""
+        ...
+
+
+def stage_of(engine: Engine, batch: Batch) -> Handling | None:
+    """The stage whose channel `batch` is of; ``None`` if it is nobody's."""
+    if batch.stream and isinstance(engine.backend, Streaming):
+        for queue, handling in engine.queues.items():
+            if handling.via == "channel" and engine.backend.stream_of(queue) == batch.stream:
+                return handling
+    return None
+
+
+async def take(invocation: Invocation, handling: Handling, message: Message, attempt: int, tried: int) -> str:
+    """Handle the delivery that `message` is, or park it, where it is none; see ``Invocation.take``. `attempt`
+    is what is known of how often it came, `tried` how often this invocation has had it before.
+
+    Raises:
+        Retryable: not this time.
+    """
+    engine, policy = invocation.engine, handling.stage.policy
+    data = message.body if isinstance(message.body, bytes) else message.body.encode()
+    record = ChannelRecord(message.group, data, message.partition, position(message.id, message.sub))
+    try:
+        event = events.decode(data)
+    except Permanent as error:
+        await park(engine, handling, record, str(error))
+        return ""
+    head = (await engine.backend.last([event.subject])).get(event.subject)
+    wrong = refusal(engine, handling, event, head)
+    if head is not None and not wrong:
+        return await invocation.own(event, head, attempt)
+    if head is None and event.source == handling.stage.lane and tried < policy.retries:
+        raise Retryable(wrong, delay=policy.delay(tried + 1, engine.clock.random()))
+    await park(engine, handling, record, wrong)
+    return ""

@@ -1,0 +1,49 @@
+"""Aggregates are made as the Kinesis Producer Library makes them."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flowlane.streams import kpl
+from flowlane.streams.aggregate import AROUND, EACH, pack
+from tests.aws_lambda.aggregate import aggregate
+
+RECORDS = st.lists(st.tuples(st.text(max_size=8), st.binary(max_size=300)), max_size=12)
+
+#: SHA-256 of what aws-kinesis-agg 1.2.3 (by protobuf's own encoder) makes of the records below.
+BY_THE_LIBRARY = "8d5053426540d366d4ff028d6a319df4908484989541c52b6567091e118d637b"
+
+
+def packed(records: list[tuple[str, bytes]]) -> bytes:
+    return pack([key for key, _ in records], [data for _, data in records])
+
+
+@given(RECORDS)
+def test_the_format_is_the_librarys(records: list[tuple[str, bytes]]) -> None:
+    whole = packed(records)
+    assert whole == aggregate(*records)
+    assert [(one.key, one.data) for one in kpl.unpack(whole) or ()] == records
+    most = sum(EACH + len(data) for _, data in records) + sum(len(key.encode()) for key, _ in records)
+    assert len(whole) <= AROUND + most
+
+
+@pytest.mark.parametrize("keys", [1, 127, 128, 129, 300])
+@pytest.mark.parametrize("size", [0, 1, 120, 123, 124, 127, 128, 16_379, 16_384])
+def test_numbers_of_one_byte_and_of_more(keys: int, size: int) -> None:
+    records = [(f"k{number % keys}", b"x" * size) for number in range(keys + 2)]
+    assert packed(records) == aggregate(*records)
+
+
+def test_more_keys_than_two_bytes_count() -> None:
+    records = [(f"{number}", b"") for number in range(0x4002)]
+    assert [(one.key, one.data) for one in kpl.unpack(packed(records)) or ()] == records
+    assert len(packed(records)) <= AROUND + sum(EACH + len(key) for key, _ in records)
+
+
+def test_a_library_of_awss_makes_the_same() -> None:
+    records = [("a", b"first"), ("b" * 200, b""), ("a", b"third" * 40), ("\N{GRINNING FACE}", b"\x00\xff")]
+    assert sha256(packed(records)).hexdigest() == BY_THE_LIBRARY
