@@ -287,10 +287,13 @@ async def test_an_application_is_of_one_piece() -> None:
     [
         ("nothing://x", "has scheme 'nothing': as backend, flowlane opens "),
         ("flow.db", "has no scheme: as backend, flowlane opens "),
-        ("sqlite:///x.db?syncronous=full", "unknown option 'syncronous'; known: busy_timeout, synchronous"),
+        (
+            "sqlite:///x.db?syncronous=full",
+            "unknown option 'syncronous'; known: busy_timeout, hold, synchronous",
+        ),
         ("sqlite:///x.db?synchronous=maybe", "synchronous=maybe is neither normal nor full"),
         ("sqlite:///", "write sqlite:///relative/path"),
-        ("memory://?x=1", "unknown option 'x'; known: none"),
+        ("memory://?x=1", "unknown option 'x'; known: hold"),
     ],
 )
 async def test_a_bad_backend_is_refused_in_one_line(

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from flowlane.deadline import Deadline
-from flowlane.errors import Permanent, Retryable, VersionConflict
+from flowlane.errors import ConfigError, Permanent, Retryable, VersionConflict
 from flowlane.ports import Commit, Committed, Delivery
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ class Committer:
         self._wake: asyncio.Future[None] | None = None
         self._idle: asyncio.Future[None] | None = None  # once closing: done when all is through
         self._open = False
+        #: Why the log took no commit: it will take none, and attempts at it would come again for ever.
+        self.refused: ConfigError | None = None
         self._stack = AsyncExitStack()
         self.deadline = Deadline()
         self.on_ended: Callable[[Delivery, Outcome], None] = lambda delivery, outcome: None
@@ -88,7 +90,7 @@ class Committer:
 
     @asynccontextmanager
     async def _opened(self) -> AsyncIterator[None]:
-        self._unresolved, self._idle = 0, None
+        self._unresolved, self._idle, self.refused = 0, None, None
         try:
             async with asyncio.TaskGroup() as tasks:
                 work = [self._run, *[self._resolve] * _RESOLVERS]
@@ -185,7 +187,7 @@ class Committer:
                 except Permanent:
                     answers = [await self._alone(commit) for commit, _ in group]
                 except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # each one's own to find out what became of it
-                    answers = [ordinary(error)] * len(group)
+                    answers = [self._told(error)] * len(group)
             except asyncio.CancelledError:
                 self._work.extendleft(reversed(group))  # for `_let_go`
                 raise
@@ -211,7 +213,13 @@ class Committer:
         try:
             return (await self._engine.backend.commit([commit]))[0]
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # as above
-            return ordinary(error)
+            return self._told(error)
+
+    def _told(self, error: BaseException) -> Exception:
+        """See ``ordinary``."""
+        if isinstance(error, ConfigError):
+            self.refused = error
+        return ordinary(error)
 
     def _hand_out(
         self,

@@ -20,10 +20,10 @@ import msgspec
 from flowlane import events
 from flowlane.committer import ordinary
 from flowlane.engine import Engine, describe
-from flowlane.errors import Permanent
+from flowlane.errors import ConfigError, Permanent
 from flowlane.events import Event
 from flowlane.handling import Handling
-from flowlane.parking import park, refusal
+from flowlane.parking import park, refusal, stray
 from flowlane.ports import ChannelBatch, ChannelRecord, Delivery
 
 logger = logging.getLogger("flowlane")
@@ -143,6 +143,7 @@ class Conveyor:
         self._count = 0  # breaks ties in the heap
         self._settled: set[int] = set()  # partitions of which this iteration has settled a batch
         self._wakes: set[asyncio.Future[None]] = set()
+        self._refused: ConfigError | None = None  # why holds and positions will never be logged again
 
     # ------------------------------------------------------------------ handing out
 
@@ -151,12 +152,14 @@ class Conveyor:
         begun where those that were do not give as many.
 
         Raises:
-            ConfigError: there is no such channel.
+            ConfigError: there is no such channel, or the log takes no commits.
             Retryable: log or channel are away; what was handed out may have been lost by that.
         """
         loop = asyncio.get_running_loop()
         end = loop.time() + wait
         while True:
+            if (refused := self._refused or self._engine.committer.refused) is not None:
+                raise refused
             self._take()
             self._promote()
             if self._ready:
@@ -237,7 +240,7 @@ class Conveyor:
                 )
                 if not wrong and isinstance(event, Event) and head is not None:
                     fit.append((line, event, head))
-                elif head is None and isinstance(event, Event) and self._may_pass(line, event):
+                elif head is None and isinstance(event, Event) and self._may_pass(line):
                     lines.remove(line)
                     self._put_off(line, self._backoff(line))
                 else:
@@ -260,16 +263,18 @@ class Conveyor:
                 size = 0
                 await self._engine.clock.sleep(0)
             try:
-                found[line] = events.decode(data)
+                event = events.decode(data)
             except Permanent as error:
                 found[line] = str(error)
+            else:
+                found[line] = stray(self._handling, event) or event
         return found
 
-    def _may_pass(self, line: _Line, event: Event) -> bool:
+    def _may_pass(self, line: _Line) -> bool:
         """Whether a stream that the log does not know may be known to it later, as far as the stage's budget
         goes: the log may have been restored to what it was a while ago, and be on its way."""
         tried = line.attempt - line.belt.attempt
-        return event.source == self._handling.stage.lane and tried < self._handling.stage.policy.retries
+        return tried < self._handling.stage.policy.retries
 
     def _backoff(self, line: _Line) -> float:
         tried = line.attempt - line.belt.attempt
@@ -348,6 +353,8 @@ class Conveyor:
         """Settle what is done, and keep the holds on the rest, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             while True:
+                if self._next is not None and self._next.done() and _failure(self._next) is None:
+                    self._take()  # it is held as of now, though there may be no room for it for long
                 now = self._engine.clock.monotonic()
                 for belt in self._belts:
                     # What could not be settled is tried again a while later, as what could not be renewed.
@@ -363,6 +370,7 @@ class Conveyor:
                 held = await belt.batch.extend()
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # asked again in a while
             logger.debug("channel %s: a hold is not renewed: %s", self._handling.queue, ordinary(error))
+            self._note(error)
         else:
             if not held and not belt.lost:
                 logger.warning(
@@ -384,12 +392,18 @@ class Conveyor:
             known = describe(ordinary(error))
             logger.warning("channel %s: its position is not settled yet: %s", self._handling.queue, known)
             belt.tried = True
+            self._note(error)
         else:
             self._settled.add(belt.partition)
             self._belts.pop(belt, None)
         finally:
             belt.busy = False
             self._kick()  # there is room for the next
+
+    def _note(self, error: BaseException) -> None:
+        """Where it is for good, whoever receives next is told, and ends: it would be tried for ever."""
+        if isinstance(error, ConfigError):
+            self._refused = error
 
     async def close(self) -> None:
         """Settle what is done as far as nothing before it is not, and let go of the rest."""
@@ -416,6 +430,11 @@ class Conveyor:
         close = getattr(self._batches, "aclose", None)
         if close is not None:
             await close()
+
+
+def _failure(task: asyncio.Task[ChannelBatch | None]) -> BaseException | None:
+    """What `task`, which is done, failed with, if it did."""
+    return asyncio.CancelledError() if task.cancelled() else task.exception()
 
 
 async def _following(batches: AsyncIterator[ChannelBatch]) -> ChannelBatch | None:

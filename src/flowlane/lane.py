@@ -24,7 +24,7 @@ _NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|w)")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _PLAIN = re.compile(r"[A-Za-z0-9_.:/+=,~-]*")
-_MAX_STREAM = 400
+MAX_STREAM = 400
 # Of SQS's MessageGroupId, which takes letters, digits and punctuation: all of ``_PLAIN``, %, @, !
 _MAX_GROUP = 128
 
@@ -143,10 +143,10 @@ def _stream(lane: str, unit: type[Unit], values: Sequence[Any]) -> str:
     else:
         key = "@".join([_key_part(unit, n, value) for n, value in enumerate(values)])
     stream = f"{lane}/{unit.unit_type}/{key}"
-    if len(stream) > _MAX_STREAM:
+    if len(stream) > MAX_STREAM:
         # "!" is in no name that was not cut: one that looks like a cut one cannot be given.
         digest = blake2b(stream.encode(), digest_size=16).hexdigest()
-        stream = f"{stream[: _MAX_STREAM - 33]}!{digest}"
+        stream = f"{stream[: MAX_STREAM - 33]}!{digest}"
     return stream
 
 

@@ -18,6 +18,7 @@ from flowlane import events
 from flowlane.errors import VersionConflict
 from flowlane.events import Event
 from flowlane.handling import Handling
+from flowlane.lane import MAX_STREAM
 from flowlane.ports import Append, Backend, ChannelRecord, Commit
 from flowlane.state import status
 from flowlane.veil import conceal
@@ -78,12 +79,20 @@ async def park(engine: Engine, handling: Handling, record: ChannelRecord, reason
         logger.warning("%s: a record of channel %s is passed over: %s", stream, handling.queue, parked.reason)
 
 
-def refusal(engine: Engine, handling: Handling, event: Event, head: Event | None) -> str:
-    """Why the stage is not handed `event`, which its channel brought; empty if it is. `head` is the last
-    event of its stream."""
+def stray(handling: Handling, event: Event) -> str:
+    """Why `event`, which the stage's channel brought, cannot be of its lane, whatever the log knows; empty if
+    it may be. What is not is not to be asked for: a log may take no stream of such a name."""
     lane = handling.stage.lane
     if event.source != lane:
         return f"it is an event of lane {event.source:.64}, and this is a channel of lane {lane}"
+    if not event.subject.startswith(f"{lane}/") or len(event.subject) > MAX_STREAM:
+        return f"its subject {event.subject[:200]!r} is no stream of lane {lane}"
+    return ""
+
+
+def refusal(engine: Engine, handling: Handling, event: Event, head: Event | None) -> str:
+    """Why the stage is not handed `event`, which its channel brought and which is not ``stray``; empty if it
+    is. `head` is the last event of its stream."""
     if head is None:
         return f"the log does not know the stream {event.subject:.200}: was it put by another backend?"
     if status(head) == "open" and engine.handling_of(head) is not handling:

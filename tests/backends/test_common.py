@@ -10,8 +10,16 @@ from typing import Any, cast
 import pytest
 
 from flowlane.backends import memory, sqlite
-from flowlane.backends.common import BATCH_BYTES, CHANNEL_LEASE, PARTITIONS, News, partition, portions
-from flowlane.errors import Permanent
+from flowlane.backends.common import (
+    BATCH_BYTES,
+    CHANNEL_LEASE,
+    PARTITIONS,
+    News,
+    held_for,
+    partition,
+    portions,
+)
+from flowlane.errors import ConfigError, Permanent
 from flowlane.ports import Channel, ChannelRecord, Environment
 from flowlane.testing.manual import ManualClock
 from flowlane.testing.units import within
@@ -139,3 +147,21 @@ async def test_a_hold_that_ran_out_is_nobodys(channel: Channel, clock: ManualClo
     assert not await batch.extend()
     await batch.settle()  # nobody has taken it: what was done is done
     assert [lag.records for lag in await channel.lag("c")] == [0]
+
+
+@pytest.mark.parametrize(("hold", "said"), [("soon", "hold=soon"), ("1s", "too short"), ("-3s", "hold=-3s")])
+def test_a_hold_that_makes_no_sense_is_refused(hold: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        held_for("sqlite:///f.db", hold)
+
+
+async def test_a_hold_may_be_chosen() -> None:
+    clock = ManualClock()
+    async with memory.open_backend("memory://", Environment(clock, cast("Any", None)), hold="5s") as backend:
+        await backend.channel("c").put([ChannelRecord("k", b"1")])
+        batches = backend.channel("c").consume("x")
+        batch = await anext(batches)
+        clock.advance(4.9)
+        assert await batch.extend()
+        clock.advance(5)
+        assert not await batch.extend()

@@ -206,6 +206,29 @@ async def test_who_is_behind_has_a_turn_though_the_clock_was_wrong_by_decades(tm
                 await delivery.ack()
 
 
+async def test_processes_need_not_agree_on_how_long_partitions_are_held(tmp_path: Path) -> None:
+    """A hold that is longer than one's own is none from before the clock was set back."""
+    uri, clock = f"sqlite:///{tmp_path}/f.db", ManualClock()
+    async with (
+        open_backend(uri, environment(clock), hold="1m") as long,
+        open_backend(uri, environment(clock), hold="2s") as short,
+    ):
+        await long.channel("c").put([ChannelRecord("k", b"1")])
+        one, other = long.channel("c").consume("x"), short.channel("c").consume("x")
+        held = await anext(one)
+        clock.advance(10)
+        waiting = asyncio.ensure_future(anext(other))
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+        clock.advance(51)
+        batch = await asyncio.wait_for(waiting, 10)
+        assert not await held.extend()
+        clock.advance(1.9)
+        assert await batch.extend()
+        clock.advance(2.1)
+        assert not await batch.extend()
+
+
 async def test_a_channel_goes_on_when_the_clock_is_set_back(tmp_path: Path) -> None:
     uri, clock = f"sqlite:///{tmp_path}/f.db", ManualClock()
     async with open_backend(uri, environment(clock)) as backend:

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 from click.testing import Result
 
+from flowlane.cli.screen import Screen
+from flowlane.cli.status import show_channels
 from flowlane.compose import load_lane, open_application
 from flowlane.ports import ChannelRecord
 from flowlane.settings import Settings
@@ -69,7 +72,7 @@ def test_status_says_how_far_the_channel_is(ran: Cli, document: Callable[..., An
     assert {each["owner"] for each in status["channels"]} == {""}
     lines = ran("status", "ledger.py").stdout.splitlines()
     assert any(line.split()[:1] == ["apply"] and line.split()[-2] == "1" for line in lines), lines
-    assert "1 partition of channels with nothing left" in lines
+    assert "1 partition of channels with nothing left when last read" in lines
 
 
 def test_what_was_passed_over_is_listed_and_cannot_be_redriven(
@@ -95,3 +98,34 @@ def test_what_was_passed_over_is_listed_and_cannot_be_redriven(
 def test_the_graph_shows_the_channel(ran: Cli, document: Callable[..., Any]) -> None:
     assert "unit_change -->|channel| stage_apply" in ran("graph", "ledger.py").stdout
     assert [stage["via"] for stage in document("graph", "ledger.py")["stages"]] == ["queue", "channel"]
+
+
+def test_status_shows_seconds_and_what_is_not_known() -> None:
+    def partition(number: int, **known: Any) -> dict[str, Any]:
+        nothing = {"stage": "apply", "owner": "", "records": None, "seconds": None, "ended": False}
+        return {**nothing, "partition": number, **known}
+
+    shown = io.StringIO()
+    show_channels(
+        Screen(shown),
+        [
+            partition(0, owner="w1", seconds=0.0),
+            partition(1, seconds=61.25),
+            partition(2),  # nobody has read it yet
+            partition(3, seconds=0.0),
+            partition(4, ended=True),
+        ],
+    )
+    _, _, *rows, last = shown.getvalue().splitlines()
+    assert [row.split() for row in rows] == [
+        ["apply", "0", "w1", "?", "0"],
+        ["apply", "1", "?", "61"],
+        ["apply", "2", "?", "?"],
+    ]
+    assert last == "2 partitions of channels with nothing left when last read"
+
+
+def test_init_tells_queues_from_channels(ran: Cli, document: Callable[..., Any]) -> None:
+    made = document("init", "ledger.py")
+    assert (made["queues"], made["channels"]) == (["ledger/find"], ["ledger/apply"])
+    assert "queues: ledger/find\nchannels: ledger/apply\n" in ran("init", "ledger.py").stdout

@@ -60,7 +60,7 @@ BAD = {
     "no scheme": (["run", "toy.py", "--backend", "x.db"], "'x.db' has no scheme"),
     "unknown URI option": (
         ["run", "toy.py", "--backend", "sqlite:///x.db?nope=1"],
-        "unknown option 'nope'; known: busy_timeout, synchronous",
+        "unknown option 'nope'; known: busy_timeout, hold, synchronous",
     ),
     "unwritable backend": (["run", "toy.py", "--backend", "sqlite:////proc/x/y.db"], "/proc/x/y.db"),
     "corrupt database": (

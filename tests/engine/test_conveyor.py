@@ -25,6 +25,7 @@ from flowlane.sweep import sweep
 from flowlane.testing.clock import VirtualLoop, run
 from flowlane.testing.faults import Process
 from flowlane.testing.oracle import check
+from flowlane.testing.units import append
 from tests.engine.test_attempt import Forgetful
 from tests.engine.test_engine import QUICK, Bench, Thing, simulate, virtual
 from tests.engine.test_order import Change, changes, discover, named, ordered
@@ -137,6 +138,32 @@ async def test_a_hold_outlasts_what_its_records_wait_for(bench: Bench) -> None:
                     await asyncio.sleep(CHANNEL_LEASE / 3)
         assert [name for name, _ in begun] == ["a1", "a1"]
         assert begun[1][1] - begun[0][1] >= 2 * CHANNEL_LEASE
+
+
+@virtual
+async def test_a_batch_that_comes_while_there_is_no_room_is_held(bench: Bench) -> None:
+    """It was asked for while there was; then what had waited for its retry took the last slot."""
+    begun: list[str] = []
+
+    async def apply(event: Event, ctx: Context) -> None:
+        begun.append(named(event))
+        if begun == ["a1"]:
+            raise Retryable("later", delay=5.0)
+        if begun == ["a1", "a1"]:
+            await asyncio.sleep(4 * CHANNEL_LEASE)
+
+    lane, found = channeled(apply, ["a1"], concurrency=1, timeout=1000.0)
+    async with bench.app(lane) as app, Pump(app.engine, Deadline()):
+        await app.engine.trigger("toy", "1")
+        await asyncio.sleep(10)
+        found[:] = changes("b1")
+        await app.engine.trigger("toy", "2")
+        await asyncio.sleep(1)
+        for _ in range(9):
+            assert [bool(lag.owner) for lag in await lags(bench)] == [True, True]
+            await asyncio.sleep(CHANNEL_LEASE / 3)
+        await asyncio.sleep(2 * CHANNEL_LEASE)
+    assert begun == ["a1", "a1", "b1"]
 
 
 @virtual
@@ -324,6 +351,48 @@ async def test_a_channel_that_is_not_there_ends_the_process(bench: Bench) -> Non
     assert raised.group_contains(ConfigError, match="make it")
 
 
+class Refusing(MemoryBackend):
+    """A log that takes no commit of events of that type."""
+
+    async def commit(self, work: Sequence[Commit]) -> Any:
+        if any(event.type == "unit.settled" for c in work for a in c.appends for event in a.events):
+            raise ConfigError("the log may not be written: allow it")
+        return await super().commit(work)
+
+
+@virtual
+async def test_a_log_that_takes_no_commits_ends_a_process_that_has_channel_stages_only(bench: Bench) -> None:
+    """Its units would come again for ever: nothing but the commits is refused."""
+    lane, _ = channeled(recording([]), ["a1"])
+    async with bench.app(lane) as app:
+        await discover(app, "1")
+    history = [event async for event in bench.backend.scan("toy")]
+    bench.backend = Refusing(bench.clock)
+    await MemoryBackend.commit(bench.backend, [Commit([append(event)]) for event in history])
+    await bench.backend.channel(QUEUE).put(
+        [ChannelRecord("a", events.encode(event)) for event in history if event.type == "change"]
+    )
+    async with bench.app(lane) as app:
+        with pytest.raises(BaseExceptionGroup) as raised:
+            async with asyncio.timeout(60), Pump(app.engine, Deadline(), only="apply") as pump:
+                await pump.until(asyncio.sleep(1e6))
+        assert raised.group_contains(ConfigError, match="allow it")
+
+
+@pytest.mark.parametrize("what", ["settle", "extend"])
+def test_a_channel_whose_holds_and_positions_are_refused_ends_the_process(what: str) -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.backend = Flaky(bench, what, 1, ConfigError("it may not be written: allow it"))
+        lane, _ = channeled(recording([], 3.0), ["a1", "a2"])
+        async with bench.app(lane) as app:
+            await app.engine.trigger("toy", "1")
+            with pytest.raises(BaseExceptionGroup) as raised:
+                await pumping(app, 600)
+            assert raised.group_contains(ConfigError, match="allow it")
+
+    simulate(scenario)
+
+
 @pytest.mark.parametrize("calls", [1, 3, 8])
 def test_a_record_that_was_left_since_the_log_was_away_comes_again(calls: int) -> None:
     """Nothing had been attempted, so nothing was decided of it; and nobody's lease runs out here."""
@@ -428,6 +497,8 @@ async def stray(bench: Bench, app: Any, kind: str) -> bytes:
     first = await anext(bench.backend.read("toy/change/a@1"))
     if kind == "another lane":
         return events.encode(msgspec.structs.replace(first, source="other"))
+    if kind in ("no name", "long name"):
+        return events.encode(msgspec.structs.replace(first, subject="toy/" * 700 if kind[0] == "l" else ""))
     if kind == "unknown stream":
         return events.encode(msgspec.structs.replace(first, subject="toy/change/a@77"))
     if kind == "another stage":
@@ -456,13 +527,23 @@ def with_another_stage(done: list[str]) -> Lane:
         ("another lane", "of lane other"),
         ("unknown stream", "does not know the stream toy/change/a@77"),
         ("another stage", "owed to stage other"),
+        ("no name", "is no stream of lane toy"),
+        ("long name", "is no stream of lane toy"),
     ],
 )
 def test_a_record_that_is_no_event_of_the_stage_is_parked_and_the_partition_goes_on(
     kind: str, said: str
 ) -> None:
+    class Particular(MemoryBackend):
+        """As DynamoDB is about the names of streams."""
+
+        async def last(self, streams: Sequence[str]) -> Any:
+            assert all(0 < len(stream) <= 2048 for stream in streams)
+            return await super().last(streams)
+
     async def scenario(bench: Bench) -> None:
         done: list[str] = []
+        bench.backend = Particular(bench.clock)
         lane = with_another_stage(done)
         async with bench.app(lane) as app:
             await put(bench, await stray(bench, app, kind))
@@ -509,8 +590,6 @@ async def test_a_stream_that_the_log_knows_late_is_no_reason_to_park(bench: Benc
         streams: dict[str, list[Event]] = {}
         for event in history:
             streams.setdefault(event.subject, []).append(event)
-        from flowlane.testing.units import append
-
         await bench.backend.commit([Commit([append(*stream) for stream in streams.values()])])
         await asyncio.sleep(30)
         assert done == ["a1"]

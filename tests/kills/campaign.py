@@ -26,6 +26,9 @@ from tests.kills.victim import PHASES, START, Page, archive, lane_of, serve_arch
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.kills.victim"])
 
+#: Seconds between two looks at what a worker is in the middle of; a commit takes some milliseconds.
+_GLANCE = 0.00002
+
 
 class Archives:
     """A server of archives, in a process of its own, at ``url``."""
@@ -95,13 +98,14 @@ class Killer:
         skip = self.chance.randrange(5)  # not always the first chance after the start
         seen = False
         while time.monotonic() < patience and process.is_alive():
-            for _ in range(2000):
+            for _ in range(200):
                 on = page.read()[aim] > 0
                 if on and not seen:
                     skip -= 1
                 seen = on
                 if on and skip < 0:
                     break
+                time.sleep(_GLANCE)  # the core is the workers'
             if seen and skip < 0:
                 break
         process.kill()

@@ -21,9 +21,6 @@ import os
 import sqlite3
 
 from flowlane import Lane, Permanent, Policy, Retryable, Unit
-from flowlane.backends.sqlite import channel
-
-channel._LEASE = {hold}
 
 lane = Lane("ledger", policy=Policy(lease=2.0, timeout=30.0, retries=1000, backoff=0.05, backoff_cap=0.1))
 
@@ -70,16 +67,14 @@ class Ledger:
         self.folder = folder
         self.names = [(str(customer), n) for n in range(each) for customer in range(customers)]
         self._workers: list[subprocess.Popen[bytes]] = []
-        (folder / "ledger_lane.py").write_text(
-            LANE.format(each=each, customers=customers, hold=int(HOLD * 1000))
-        )
+        (folder / "ledger_lane.py").write_text(LANE.format(each=each, customers=customers))
         with closing(sqlite3.connect(folder / "ledger.db")) as ledger:
             ledger.execute("PRAGMA journal_mode = WAL")
             ledger.execute("CREATE TABLE applied (place INTEGER PRIMARY KEY, customer, n, worker)")
 
     def flowlane(self, *arguments: str) -> list[str]:
         """The command, on this ledger's backend."""
-        backend = f"sqlite:///{self.folder}/flowlane.db"
+        backend = f"sqlite:///{self.folder}/flowlane.db?hold={HOLD:g}s"
         return [sys.executable, "-m", "flowlane", *arguments, "--backend", backend]
 
     def start(self) -> subprocess.Popen[bytes]:

@@ -17,7 +17,7 @@ from flowlane.errors import ConfigError, Retryable
 from flowlane.events import Event
 from flowlane.ports import Append, ChannelBatch, ChannelRecord, Commit
 from flowlane.shards import ShardedChannel
-from flowlane.shards.leases import stream_of
+from flowlane.shards.leases import Lease, Leases, stream_of
 from flowlane.testing.channel_suite import close, numbers, records
 from flowlane.testing.clock import FATE, Fate, VirtualLoop
 from flowlane.testing.sharded import MemoryShards
@@ -262,6 +262,70 @@ async def test_a_log_that_stays_away_is_told_and_settling_can_be_tried_again() -
     assert b'"settled":5' in bytes(lease.data)
 
 
+async def test_a_log_that_is_away_for_less_than_hold_ends_no_iteration() -> None:
+    stream = Stream(2)
+    await stream.fill(10)
+    log = stream.log = Unsteady(stream.clock)
+    iterator = batches(stream.process(), 10)
+    for _ in range(2):  # what is at hand was read, and its leases are old: they are renewed first
+        batch = await anext(iterator)
+        await asyncio.sleep(HOLD / 2)
+        log.lost, log.applied = 5, False
+        assert numbers(batch) == list(range(10))
+        with pytest.raises(Retryable):
+            await batch.settle()
+        await batch.settle()
+    for shard in list(stream.shards.open):
+        stream.shards.split(shard)
+    log.lost = 7  # at the ends of the parents
+    await stream.fill(10)
+    for _ in range(4):
+        batch = await within(HOLD, anext(iterator))
+        assert numbers(batch) == list(range(10))
+        await batch.settle()
+    assert log.lost == 0
+    await close(iterator)
+
+
+async def test_a_log_that_takes_nothing_for_longer_ends_the_iteration() -> None:
+    stream = Stream(2)
+    await stream.fill(10)
+    log = stream.log = Unsteady(stream.clock)
+    iterator = batches(stream.process(), 5)
+    await (await anext(iterator)).settle()
+    await asyncio.sleep(HOLD / 2)
+    log.lost, log.applied = 10**6, False
+    with pytest.raises(Retryable, match="the answer was lost"):
+        await within(3 * HOLD, anext(iterator))
+
+
+async def test_who_lost_races_first_is_told_of_a_log_that_stays_away_too() -> None:
+    stream = Stream(1)
+    log = stream.log = Unsteady(stream.clock)
+    leases, rival = (Leases("changes", "c", log, stream.clock) for _ in range(2))
+
+    def to(lease: Lease) -> tuple[str, Lease]:
+        return events.SHARD_HELD, msgspec.structs.replace(lease, settled=lease.settled + 1)
+
+    races = 0
+
+    async def race(work: Any) -> Any:
+        nonlocal races
+        races += 1
+        if races > 4:
+            raise Retryable("the log is away")
+        await rival.change("s", to)
+        return await Unsteady.commit(log, work)
+
+    leases._commits = lambda append: _first(race([Commit(appends=(append,))]))  # type: ignore[assignment]
+    with pytest.raises(Retryable, match="the log is away"):
+        await within(HOLD, leases.change("s", to))
+
+
+async def _first(answers: Any) -> Any:
+    return (await answers)[0]
+
+
 async def test_leases_are_in_no_lane_and_no_index() -> None:
     stream = Stream(2)
     await stream.fill(3)
@@ -460,6 +524,24 @@ async def test_leaving_leaves_no_task() -> None:
         await anext(iterator)
         await close(iterator)
         assert asyncio.all_tasks() == before
+
+
+def test_an_iteration_that_nobody_closes_ends_with_the_loop() -> None:
+    complaints: list[dict[str, Any]] = []
+    kept: list[Any] = []
+
+    async def forget() -> Stream:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        stream = Stream(2)
+        await stream.fill(3)
+        kept.append(batches(stream.process()))
+        await anext(kept[0])
+        return stream
+
+    stream = asyncio.run(forget())
+    assert complaints == []
+    released = asyncio.run(stream.types())
+    assert released["shard.released"] == released["shard.taken"] == 2
 
 
 async def test_several_checkpoints_go_into_one_commit() -> None:

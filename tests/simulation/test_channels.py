@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from flowlane.backends import memory
 from flowlane.backends.memory import MemoryBackend, MemoryChannel
 from flowlane.errors import Retryable
 from flowlane.ports import Channel, ChannelRecord
@@ -69,7 +68,7 @@ def anybody_settles(patch: Patch) -> None:
 
 def held_for_ever(patch: Patch) -> None:
     """A partition whose consumer died is never another's; of memory's channels, and of shards."""
-    patch.setattr(memory, "CHANNEL_LEASE", 1e9)
+    patch.setattr(MemoryBackend.__init__, "__kwdefaults__", {"hold": 1e9})
     patch.setattr(balance, "_vanished", lambda view, hold: False)
 
 

@@ -30,7 +30,8 @@ BUSY = "ProvisionedThroughputExceededException"
 
 class Stream:
     """A stream on a stand-in behind the proxy, a producer that puts together, and a reader that knows how to
-    take apart: as the AWS libraries do it, it leaves out what does not belong into the shard."""
+    take apart: as the AWS libraries do it, it leaves out an aggregate of which a record does not belong into
+    the shard."""
 
     def __init__(self, client: Any, proxy: FaultProxy) -> None:
         self.client, self.proxy = client, proxy
@@ -76,11 +77,11 @@ class Stream:
     def _note(self, shard: str, record: Any) -> None:
         data = record["Data"]
         self.raw.append((shard, len(data)))
-        for one in kpl.unpack(data) or [kpl.UserRecord(record["PartitionKey"], data)]:
-            if self._ranges.holds(shard, one.key):
-                self._found.setdefault(one.key, []).append(one.data)
-            else:
-                self.strangers += 1
+        several = kpl.unpack(data) or [kpl.UserRecord(record["PartitionKey"], data)]
+        strangers = [one for one in several if not self._ranges.holds(shard, one.key)]
+        self.strangers += len(strangers)
+        for one in several if not strangers else ():
+            self._found.setdefault(one.key, []).append(one.data)
 
     async def read(self) -> dict[str, list[bytes]]:
         """All that came since the last time, by key."""

@@ -98,6 +98,28 @@ def cutting(requests: Requests, operation: str = "PutRecords", error: Exception 
 # --------------------------------------------------------------------------- putting
 
 
+class Acked:
+    """A delivery that something else than a queue of the backend brought."""
+
+    done = False
+
+    async def ack(self) -> None:
+        """See ``ports.Delivery``."""
+        self.done = True
+
+
+async def test_what_a_channel_brought_is_acked_though_the_queues_are_away(
+    backend: AwsBackend, requests: Requests
+) -> None:
+    await applied(backend, discover(found("q")))
+    (queued,) = await backend.receive(["load"], 1, lease=30, wait=5)
+    cutting(requests, "DeleteMessageBatch")
+    brought: Any = Acked()
+    await applied(backend, Commit([append(unit("a"))], ack=queued), Commit([append(unit("b"))], ack=brought))
+    assert requests["DeleteMessageBatch"]
+    assert brought.done
+
+
 async def test_what_is_published_is_put_whole_under_its_group_and_owed_no_longer(
     backend: AwsBackend, clock: RealClock
 ) -> None:

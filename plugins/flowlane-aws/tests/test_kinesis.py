@@ -263,9 +263,16 @@ async def test_too_few_answers_are_no_answer(stream: Stream) -> None:
         said = json.loads(answer.body)
         answer.body = json.dumps(said | {"Records": said["Records"][1:]}).encode()
 
-    stream.proxy.inject("kinesis.PutRecords", changed(short))
-    with pytest.raises(Retryable, match="1 answers to 2 records"):
-        await stream.channel.put(records(2, keys=2))
+    def empty(answer: Answer) -> None:
+        answer.body = b'{"Records": [{}, {}]}'
+
+    def none(answer: Answer) -> None:
+        answer.body = b"{}"
+
+    for number, change in ((1, short), (0, empty), (0, none)):
+        stream.proxy.inject("kinesis.PutRecords", changed(change))
+        with pytest.raises(Retryable, match=f"{number} answers to 2 records"):
+            await stream.channel.put(records(2, keys=2))
 
 
 async def test_a_record_that_is_too_large_is_refused_before_anything_is_sent(stream: Stream) -> None:

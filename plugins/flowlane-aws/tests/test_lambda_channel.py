@@ -160,6 +160,24 @@ def test_a_retry_waits_for_its_backoff_also_in_the_next_invocation() -> None:
     assert all(after - before > 0.5 for before, after in pairwise(tries)), tries
 
 
+def test_a_backoff_longer_than_an_invocation_takes_its_time() -> None:
+    """Told of at once the record would come at once: its mapping would have given it up before it is due."""
+    tries: list[float] = []
+    clock = Patient()
+
+    async def apply(row: Row, ctx: Context) -> None:
+        tries.append(clock.monotonic())
+        if len(tries) < 2:
+            raise OSError("not yet")
+
+    lane = lane_of(apply, rows=1, customers="a", backoff="2s", backoff_cap="2s", timeout="30s")
+    with world(lane, clock=clock) as each:
+        each.stream.drain(0.5)
+        assert each.settled() == {"settled": 1}
+        assert each.stream.invocations < 10
+    assert tries[1] - tries[0] > 1
+
+
 def test_a_unit_is_dead_after_its_budget_and_the_shard_goes_on() -> None:
     done: list[tuple[str, int]] = []
     tries: Counter[tuple[str, int]] = Counter()
@@ -256,6 +274,8 @@ def strange() -> list[tuple[bytes, str]]:
         (aggregate(("k", b"")), "truncated"),
         (msgspec.json.encode(foreign), "missing required field"),
         (events.encode(msgspec.structs.replace(unknown, source="lines")), "it is an event of lane lines"),
+        (events.encode(msgspec.structs.replace(unknown, subject="")), "is no stream of lane rows"),
+        (events.encode(msgspec.structs.replace(unknown, subject="rows/" * 999)), "is no stream of lane rows"),
         (events.encode(unknown), "the log does not know the stream rows/row/z@9"),
     ]
 
@@ -292,6 +312,19 @@ def test_what_is_no_delivery_is_parked_and_the_shard_goes_on(caplog: pytest.LogC
         assert (parked_.key, base64.b64decode(parked_.data)) in (("a", data), ("k", b""))
         assert re.search(said, parked_.reason), parked_.reason
     assert caplog.text.count("is passed over") == len(found)
+
+
+def test_a_stream_that_the_log_does_not_know_is_asked_for_within_one_invocation() -> None:
+    """Nobody counts the tries of the invocations before: it would hold up its shard until it is given up."""
+
+    async def apply(row: Row, ctx: Context) -> None: ...
+
+    with world(lane_of(apply, rows=1, retries=4, backoff="20s", backoff_cap="20s"), clock=Patient()) as each:
+        each.put("a", strange()[-1][0])
+        while each.stream.deliver(2.0):
+            assert each.stream.invocations < 4
+        (parked_,) = each.parked()
+    assert "does not know" in parked_.reason
 
 
 # --------------------------------------------------------------------------- what ends the function

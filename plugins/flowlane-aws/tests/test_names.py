@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from typing import cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flowlane.errors import ConfigError
+from flowlane.ports import Connections, Environment
+from flowlane.testing.manual import ManualClock
+from flowlane_aws.backend import open_backend
 from flowlane_aws.names import Names, checked
 
 _part = st.text(alphabet="ab-_9", min_size=1, max_size=4)
@@ -89,3 +93,11 @@ def test_plain_names_are_plain() -> None:
 def test_what_aws_takes_for_no_name_is_refused(names: Names) -> None:
     with pytest.raises(ConfigError):
         checked(names)
+
+
+@pytest.mark.parametrize("hold", ["0", "soon", "-3s"])
+async def test_a_hold_that_is_no_duration_is_refused_by_its_name(hold: str) -> None:
+    environment = Environment(ManualClock(), cast(Connections, None))
+    with pytest.raises(ConfigError, match=f"aws://x: hold={hold}: '{hold}' is not a duration"):
+        async with open_backend("aws://x", environment, hold=hold):
+            pass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from hashlib import md5
 from typing import Any
@@ -153,6 +153,21 @@ async def test_a_stream_that_is_changing_is_listed_later(stream: Stream, code: s
     assert await stream.shards.shards()
 
 
+@pytest.mark.parametrize("body", [b"{}", b'{"Shards": []}', b'{"Shards": [{"Shard', b"<html>busy</html>"])
+async def test_an_answer_without_shards_is_none(stream: Stream, body: bytes) -> None:
+    stream.proxy.inject("kinesis.ListShards", changed(instead(body)))
+    with pytest.raises(Retryable, match=f"listing the shards of .*{stream.name}: "):
+        await stream.shards.shards()
+    assert await stream.shards.shards()
+
+
+def instead(body: bytes) -> Callable[[Answer], None]:
+    def change(answer: Answer) -> None:
+        answer.body = body
+
+    return change
+
+
 async def test_a_shard_without_a_number_is_refused(stream: Stream) -> None:
     def other(answer: Answer) -> None:
         answer.body = answer.body.replace(b"shardId-000000000000", b"first")
@@ -231,6 +246,34 @@ async def test_a_page_holds_some_megabytes(stream: Stream) -> None:
     assert pages[1].behind  # as far as the page can tell
 
 
+async def test_the_more_shards_are_read_the_smaller_are_the_pages(stream: Stream) -> None:
+    await stream.put(*((f"k{n}", bytes(9)) for n in range(200)))
+    readers = [await stream.reader() for _ in range(64)]
+    assert len((await readers[0].page()).records) == 100 // 4
+    stream.shards.read(await stream.shard(), OLDEST, limit=1)  # who only looks does not count
+    del readers[1:]
+    stream.shards.usual = PAGE_BYTES // 100
+    assert len((await readers[0].page()).records) == 100
+
+
+async def test_few_reads_are_under_way_at_once(stream: Stream) -> None:
+    under_way = most = 0
+
+    async def empty(exchange: Exchange) -> bool:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0.01)
+        under_way -= 1
+        body = b'{"Records": [], "MillisBehindLatest": 0, "NextShardIterator": "x"}'
+        return await exchange.answer(Answer(200, {}, body))
+
+    stream.proxy.inject(GET, empty, times=-1)
+    readers = [await stream.reader() for _ in range(60)]
+    await asyncio.gather(*(reader.page() for reader in readers))
+    assert 8 < most <= 16
+
+
 async def test_the_tip_is_asked_for_with_pauses_and_what_is_behind_at_once(stream: Stream) -> None:
     async def pause() -> float:
         before = stream.clock.monotonic()
@@ -296,6 +339,17 @@ async def test_a_failed_call_skips_nothing(stream: Stream) -> None:
         with pytest.raises(Retryable):
             await reader.page()
     assert held([first, *await read(reader)]) == numbered(150)
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b'{"Records": [{"Sequence', b"<html>busy</html>"])
+@pytest.mark.parametrize("call", [GET, "kinesis.GetShardIterator"])
+async def test_an_answer_that_is_none_skips_nothing(stream: Stream, call: str, body: bytes) -> None:
+    await stream.put(*numbered(10))
+    reader = await stream.reader()
+    stream.proxy.inject(call, changed(instead(body)))
+    with pytest.raises(Retryable):
+        await reader.page()
+    assert held(await read(reader)) == numbered(10)
 
 
 class Cancelling(ManualClock):
@@ -450,6 +504,31 @@ async def test_aggregates_are_taken_apart_and_strangers_left_out(
 async def test_what_is_no_aggregate_is_a_record(data: bytes) -> None:
     found = await unpacked([Got("7", "key", data)], Span(0, 5))
     assert (found.records, found.strangers) == ([ChannelRecord("key", data, 3, 7 * SUBS)], 0)
+
+
+@pytest.mark.parametrize("explicit", ["9" * 5000, "-1", "k"])
+async def test_a_hash_key_that_is_none_is_a_strangers(explicit: str) -> None:
+    # Python makes no number of more than 4,300 digits: the shard would end here, for good.
+    got = [Got("7", "a", with_hashes([("k", b"x", explicit), ("k", b"y", "5")])), Got("8", "k", b"z")]
+    found = await unpacked(got, Span(0, 5))
+    assert ([one.data for one in found.records], found.strangers) == ([b"y", b"z"], 1)
+
+
+async def test_of_a_shard_that_is_listed_no_longer_nothing_is_left_out(ministack: str) -> None:
+    def emptied(answer: Answer) -> None:
+        said = json.loads(answer.body)
+        answer.body = json.dumps(said | {"Shards": said["Shards"][1:]}).encode()
+
+    async with stream_on(ministack, shards=2) as stream:
+        several = [(str(n), b"%d" % n) for n in range(20)]
+        packed = aggregate(*several)
+        await stream.client.put_record(
+            StreamName=stream.name, PartitionKey="a", ExplicitHashKey="0", Data=packed
+        )
+        reader = await stream.reader()
+        stream.proxy.inject("kinesis.ListShards", changed(emptied), times=-1)
+        await stream.shards.shards()
+        assert held(await read(reader)) == several
 
 
 @pytest.mark.parametrize("ours", [True, False])

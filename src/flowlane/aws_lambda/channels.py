@@ -14,7 +14,7 @@ from flowlane.aws_lambda.payload import Batch, Message
 from flowlane.engine import Engine
 from flowlane.errors import Permanent, Retryable
 from flowlane.handling import Handling
-from flowlane.parking import park, refusal
+from flowlane.parking import park, refusal, stray
 from flowlane.ports import ChannelRecord
 from flowlane.shards import position
 
@@ -52,11 +52,16 @@ async def take(invocation: Invocation, handling: Handling, message: Message, att
     except Permanent as error:
         await park(engine, handling, record, str(error))
         return ""
+    if wrong := stray(handling, event):
+        await park(engine, handling, record, wrong)
+        return ""
     head = (await engine.backend.last([event.subject])).get(event.subject)
     wrong = refusal(engine, handling, event, head)
     if head is not None and not wrong:
         return await invocation.own(event, head, attempt)
-    if head is None and event.source == handling.stage.lane and tried < policy.retries:
-        raise Retryable(wrong, delay=policy.delay(tried + 1, engine.clock.random()))
+    if head is None and tried < policy.retries:
+        # Nobody counts the tries of earlier invocations: all of them have to fit into this one.
+        most = invocation.left / (policy.retries - tried + 1)
+        raise Retryable(wrong, delay=min(most, policy.delay(tried + 1, engine.clock.random())))
     await park(engine, handling, record, wrong)
     return ""

@@ -92,6 +92,11 @@ class Invocation:
         return self._embedded
 
     @property
+    def left(self) -> float:
+        """Seconds until nothing may be begun any more."""
+        return self._deadline.left(self._app.clock.monotonic())
+
+    @property
     def near(self) -> bool:
         """Whether nothing may be begun any more."""
         return self._deadline.near(self._app.clock.monotonic())
@@ -156,7 +161,7 @@ class Invocation:
         Raises:
             Retryable: it did not come to its end; what it did stands, and the next one does the rest.
         """
-        left = self._deadline.left(self._app.clock.monotonic())
+        left = self.left
         try:
             async with asyncio.timeout(left if math.isfinite(left) else None):
                 return await sweep(self._app.engine, self._lane.name)

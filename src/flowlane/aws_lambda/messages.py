@@ -46,7 +46,7 @@ class _Work:
     """A batch while it is worked on: its answer so far, and after how many seconds failed ones are due."""
 
     def __init__(self, app: Application, lane: Lane, batch: Batch, deadline: Deadline) -> None:
-        self._clock, self._lane, self._batch, self._deadline = app.clock, lane, batch, deadline
+        self._clock, self._lane, self._batch = app.clock, lane, batch
         self._stage = channels.stage_of(app.engine, batch)
         self._unfinished: dict[int, set[str]] = {}
         self.invocation = Invocation(app, lane, deadline)
@@ -81,10 +81,14 @@ class _Work:
             try:
                 return await self._take(index, tried)
             except Retryable as error:
-                left = self._deadline.left(self._clock.monotonic())
-                if self._batch.kind not in STREAMS or error.delay is None or error.delay >= left:
+                if self._batch.kind not in STREAMS or error.delay is None:
                     raise
-                await self._clock.sleep(error.delay)
+                left = self.invocation.left
+                # Where it does not fit, so much is waited for all the same: told of at once, the record would
+                # come again at once, until its mapping gives it up.
+                await self._clock.sleep(min(error.delay, left))
+                if error.delay >= left:
+                    raise
             if self.answer.again(index):
                 break
         return set()

@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import msgspec
 
-from flowlane.errors import Permanent
+from flowlane.errors import ConfigError, Permanent, redact
 from flowlane.events import MAX_ACTIONS, SURELY_FITS, Event, encode, encode_data
+from flowlane.lane import duration
 from flowlane.ports import Append, ChannelBatch, ChannelRecord, Commit
 from flowlane.state import Counts, RunTally, StageTally
 
@@ -17,7 +18,9 @@ from flowlane.state import Counts, RunTally, StageTally
 PARTITIONS = 16
 
 #: Seconds for which a consumer holds a partition whose batch it was handed; after that another one gets it.
+#: Where the URI says otherwise, so many at least: stages renew their holds each second.
 CHANNEL_LEASE = 30.0
+SHORTEST_HOLD = 2.0
 
 #: Bytes of data and key in one record of a channel, at most: what a Kinesis stream takes by default.
 RECORD_BYTES = 1 << 20
@@ -31,6 +34,23 @@ _PORTION_BYTES = 8 << 20
 
 #: Seconds between two looks for what another process may have written, or what has become due.
 POLL = 0.05
+
+
+def held_for(uri: str, hold: str) -> float:
+    """Seconds for which partitions are held, by the option `hold` of `uri`.
+
+    Raises:
+        ConfigError: it is no duration, or too short.
+    """
+    if not hold:
+        return CHANNEL_LEASE
+    try:
+        seconds = duration(hold)
+    except ConfigError as error:
+        raise ConfigError(f"{redact(uri)}: hold={hold}: {error}") from None
+    if seconds < SHORTEST_HOLD:
+        raise ConfigError(f"{redact(uri)}: hold={hold} is too short: {SHORTEST_HOLD:g}s is the least")
+    return seconds
 
 
 def partition(key: str) -> int:

@@ -26,6 +26,7 @@ from flowlane.backends.common import (
     checked,
     consume,
     copy_tally,
+    held_for,
     partition,
     portions,
 )
@@ -166,12 +167,12 @@ class _Round:
 
 
 class MemoryBackend:
-    """See ``ports.Backend``. Safe for the tasks of one loop."""
+    """See ``ports.Backend``. Safe for the tasks of one loop. `hold`: of a partition of a channel, seconds."""
 
     exact_queue = True  # see ``ports.Backend``
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
+    def __init__(self, clock: Clock, *, hold: float = CHANNEL_LEASE) -> None:
+        self._clock, self._hold = clock, hold
         self._order = count()  # breaks ties in heaps, so that events are never compared
         self._streams: dict[str, _Stream] = {}
         self._lanes: dict[str, _Lane] = {}
@@ -462,7 +463,7 @@ class MemoryBackend:
 
     def _channel(self, name: str) -> MemoryChannel:
         if name not in self._channels:
-            self._channels[name] = MemoryChannel(name, self._clock)
+            self._channels[name] = MemoryChannel(name, self._clock, self._hold)
         return self._channels[name]
 
 
@@ -523,8 +524,8 @@ class _Batch:
 class MemoryChannel:
     """See ``ports.Channel``. Positions count from 1 in each partition. Records are kept for ever."""
 
-    def __init__(self, name: str, clock: Clock) -> None:
-        self._name, self._clock = name, clock
+    def __init__(self, name: str, clock: Clock, hold: float) -> None:
+        self._name, self._clock, self._hold = name, clock, hold
         self._partitions: list[list[ChannelRecord]] = [[] for _ in range(PARTITIONS)]
         self._groups: dict[str, _Group] = {}
         self.news = News()
@@ -565,7 +566,7 @@ class MemoryChannel:
             stored, position, held = self._partitions[where], group.positions[where], group.held.get(where)
             if position < len(stored) and (held is None or held.until <= now):
                 records = _some(stored[position : position + limit])
-                batch = group.held[where] = _Batch(self, group, owner, records, now + CHANNEL_LEASE)
+                batch = group.held[where] = _Batch(self, group, owner, records, now + self._hold)
                 group.turn = where + 1
                 return batch
         others = [held.until - now for held in group.held.values() if held.owner != owner]
@@ -584,7 +585,7 @@ class MemoryChannel:
         now = self._clock.monotonic()
         if batch.group.held.get(batch.records[0].partition) is not batch or batch.until <= now:
             return False
-        batch.until = now + CHANNEL_LEASE
+        batch.until = now + self._hold
         return True
 
     async def lag(self, consumer: str) -> Sequence[Lag]:
@@ -622,13 +623,14 @@ def _some(records: list[ChannelRecord]) -> list[ChannelRecord]:
 
 
 @asynccontextmanager
-async def open_backend(uri: str, environment: Environment) -> AsyncIterator[MemoryBackend]:
-    """A new, empty backend; it is gone when its context is left.
+async def open_backend(uri: str, environment: Environment, *, hold: str = "") -> AsyncIterator[MemoryBackend]:
+    """A new, empty backend; it is gone when its context is left. ``hold`` is how long a partition of a
+    channel is held that nobody renews (``5s``).
 
     Raises:
-        ConfigError: `uri` is not ``memory://``.
+        ConfigError: `uri` is not ``memory://``; or ``hold`` is wrong (see ``common.held_for``).
     """
     parts = urlsplit(uri)
     if parts.scheme != "memory" or parts.netloc or parts.path.strip("/"):
         raise ConfigError(f"{redact(uri)}: a memory backend has no name or path, write memory://")
-    yield MemoryBackend(environment.clock)
+    yield MemoryBackend(environment.clock, hold=held_for(uri, hold))

@@ -37,7 +37,8 @@ async def prepare(session: Session, lane: Lane) -> Answer:
             "lane": lane.name,
             "backend": redact(session.settings.backend),
             "made": list(made),
-            "queues": [stage.queue for stage in lane.stages],
+            "queues": [stage.queue for stage in lane.stages if stage.via == "queue"],
+            "channels": [stage.queue for stage in lane.stages if stage.via == "channel"],
             "open": 0,
             "dead": 0,
         }
@@ -49,7 +50,9 @@ async def prepare(session: Session, lane: Lane) -> Answer:
         screen.line(f"{document['backend']} is ready for lane {lane.name}")
         if made:
             screen.line(f"made: {', '.join(made)}")
-        screen.line(f"queues: {', '.join(document['queues'])}")
+        for kind in ("queues", "channels"):
+            if document[kind]:
+                screen.line(f"{kind}: {', '.join(document[kind])}")
         screen.line(f"{plural(document['open'], 'open unit')}, {document['dead']:,} dead")
 
     return Answer(document, show)

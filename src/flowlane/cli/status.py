@@ -103,7 +103,7 @@ def _show(screen: Screen, document: dict[str, Any], days: int) -> None:
     if document["passed_over"]:
         number = plural(document["passed_over"], "record")
         screen.line(f"{number} of channels passed over: `flowlane dead` says why", "bold red")
-    _show_channels(screen, document["channels"])
+    show_channels(screen, document["channels"])
     for name, view in document["views"].items():
         screen.line()
         coverage = read_coverage(view)
@@ -113,16 +113,32 @@ def _show(screen: Screen, document: dict[str, Any], days: int) -> None:
             show_coverage(screen, name, coverage, days)
 
 
-def _show_channels(screen: Screen, partitions: list[dict[str, Any]]) -> None:
-    """Those with something left, or somebody at work; the others are only counted."""
-    busy = [each for each in partitions if each["owner"] or each["records"] or each["seconds"]]
+def show_channels(screen: Screen, partitions: list[dict[str, Any]]) -> None:
+    """Those with something left, or somebody at work, or of which nothing is known; the rest is counted."""
+    idle = [each for each in partitions if not each["owner"] and (each["ended"] or _read_up(each))]
+    busy = [each for each in partitions if each not in idle]
     if busy:
         screen.line()
-        names = ("stage", "partition", "owner", "records", "seconds")
-        rows = [["?" if each[name] is None else each[name] for name in names] for each in busy]
+        rows = [
+            [each["stage"], each["partition"], each["owner"], *(_behind(each[it]) for it in _LAG)]
+            for each in busy
+        ]
         screen.table(["stage", "partition", "owner", "records behind", "seconds behind"], rows)
-    if left := len(partitions) - len(busy):
-        screen.line(f"{plural(left, 'partition')} of channels with nothing left")
+    if idle:
+        screen.line(f"{plural(len(idle), 'partition')} of channels with nothing left when last read")
+
+
+_LAG = ("records", "seconds")
+
+
+def _read_up(partition: dict[str, Any]) -> bool:
+    """Whether nothing was left of it, as far as its channel says: one that was never read says nothing."""
+    known = [partition[it] for it in _LAG if partition[it] is not None]
+    return bool(known) and not any(known)
+
+
+def _behind(number: float | None) -> int | str:
+    return "?" if number is None else round(number)
 
 
 def _show_view(screen: Screen, name: str, value: Any, depth: int = 0) -> None:

@@ -94,7 +94,9 @@ class Delivery(Protocol):
 class Commit(msgspec.Struct, frozen=True, gc=False):
     """All that a stage decided, applied atomically or not at all.
 
-    At most ``events.MAX_ACTIONS`` appended events and tallies together.
+    At most ``events.MAX_ACTIONS`` appended events and tallies together. ``ack`` is of a delivery of this
+    backend's queues, or of another source (a channel, a payload of Lambda): that one is acked once the commit
+    has been applied, and not at all if it is in conflict or nobody knows.
     """
 
     appends: Sequence[Append] = ()

@@ -59,7 +59,7 @@ class ShardedChannel:
         worker = Worker(
             self._shards, self._of(consumer), self._clock, hold=self._hold, limit=limit, wait=wait
         )
-        async with worker.at_work():
+        async with worker:
             while (batch := await worker.next()) is not None:
                 yield batch
 

@@ -68,6 +68,7 @@ class Held:
         self.lost, self.out = True, None
         if self.task is not None:
             self.task.cancel()
+            self.task = None  # what it was cancelled with holds its frames, and they its pages and this
 
 
 class Settling(Protocol):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
-from itertools import count
 from typing import Final
 
 import msgspec
@@ -106,7 +105,8 @@ class Leases:
             Retryable: the log is away; whether the change stands is not known. To try again is harmless for
                 a `change` that makes the same state of its own result.
         """
-        for tries in count(1):
+        failures = 0
+        while True:
             known = self.known(shard)
             wish = change(known.lease)
             if wish is None:
@@ -115,7 +115,8 @@ class Leases:
             try:
                 answer = await self._commits(Append(event.subject, known.version, (event,)))
             except Retryable:
-                if tries == _TRIES:
+                failures += 1
+                if failures == _TRIES:
                     raise
                 await self._clock.sleep(_PAUSE * self._clock.random())
                 await self.refresh([shard])
@@ -130,7 +131,6 @@ class Leases:
             await self.refresh([shard])
             if strict:
                 return False
-        raise AssertionError("unreachable")
 
     def _stream(self, shard: str) -> str:
         return stream_of(self._channel, shard, self._consumer)

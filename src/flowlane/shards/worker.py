@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from functools import partial
 from math import inf
-from typing import Any, Final
+from typing import Any, Final, Self, TypeVar
 
 import msgspec
 
@@ -28,7 +28,9 @@ from flowlane.shards.balance import plan
 from flowlane.shards.held import Batch, Held
 from flowlane.shards.leases import Change, Lease, Leases
 from flowlane.shards.outlook import Outlook, beside
-from flowlane.shards.port import Page, Reader, Shards
+from flowlane.shards.port import Shards
+
+T = TypeVar("T")
 
 logger = logging.getLogger("flowlane")
 
@@ -67,34 +69,31 @@ class Worker:
         self._survey_turn = asyncio.Lock()
         self._news = News()  # for who iterates: pages, and what becomes of shards
         self._bell = News()  # for the keeper
+        self._tasks = asyncio.TaskGroup()
         self._failure: Exception | None = None
         self._over = False
 
     # ----------------------------------------------------------------- for who iterates
 
-    @asynccontextmanager
-    async def at_work(self) -> AsyncIterator[None]:
+    async def __aenter__(self) -> Self:
         """Shards are taken and read while the context is open. Leaving it gives them back, and leaves no task
         behind; what was handed out and not settled comes again, to whoever has its shard next."""
-        failure: BaseException | None = None
+        # No generator: a loop that ends with an iteration that nobody closed would close it beside that.
         self._leases.listeners[self] = self._notice
+        await self._tasks.__aenter__()
+        self._keeper = self._start(self._tasks, "keeper", self._keep)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._over = True
+        for task in [self._keeper, *(held.task for held in self._held.values())]:
+            if task is not None:
+                task.cancel()
         try:
-            async with asyncio.TaskGroup() as tasks:
-                self._tasks = tasks
-                keeper = tasks.create_task(self._guarded(self._keep), name="flowlane-shards keeper")
-                try:
-                    yield
-                except BaseException as error:  # noqa: BLE001  # raised below, and not as a group
-                    failure = error
-                self._over = True
-                for task in [keeper, *(held.task for held in self._held.values())]:
-                    if task is not None:
-                        task.cancel()
+            await self._tasks.__aexit__(None, None, None)  # what was raised in here is no concern of theirs
         finally:
             del self._leases.listeners[self]
             await self._leave()
-        if failure is not None:
-            raise failure
 
     async def next(self) -> Batch | None:
         """The next batch; ``None`` when none has come for ``wait`` seconds and nothing is left behind what
@@ -136,7 +135,7 @@ class Worker:
                 continue
             if self._leases.known(held.shard.id).lease.wanted:
                 self._bell()  # it goes to who asked for it
-            elif await self.renew(held) and held.ready:
+            elif await self._insist(partial(self.renew, held), "a shard is held") and held.ready:
                 self._turn += n + 1
                 return held.hand_out(self, self._limit)
         return None
@@ -229,6 +228,11 @@ class Worker:
 
     # ----------------------------------------------------------------- the keeper
 
+    def _start(
+        self, tasks: asyncio.TaskGroup, name: str, work: Callable[..., Awaitable[None]], *arguments: Any
+    ) -> asyncio.Task[None]:
+        return tasks.create_task(self._guarded(work, *arguments), name=f"flowlane-shards {name}")
+
     async def _guarded(self, work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
         try:
             await work(*arguments)
@@ -237,20 +241,26 @@ class Worker:
             self._news()
 
     async def _keep(self) -> None:
-        failing: float | None = None
         while True:
             seen = self._bell.count
+            await self._insist(self._survey, "the leases of a channel are looked at")
+            await self._bell.wait(seen, self._tick * (0.75 + self._clock.random() / 4))
+
+    async def _insist(self, call: Callable[[], Awaitable[T]], what: str) -> T:
+        """What `call` gives as soon as it gives anything; it is called again while the service or the log is
+        away, for ``hold`` seconds."""
+        failing: float | None = None
+        while True:
             try:
-                await self._survey()
-                failing = None
+                return await call()
             except Retryable as error:
                 now = self._clock.monotonic()
                 failing = now if failing is None else failing
                 if now - failing > self._hold:
                     raise
-                logger.info("the leases of a channel are looked at once more: %s", error)
-                await self._clock.sleep(min(self._tick, _PAUSE) * self._clock.random())
-            await self._bell.wait(seen, self._tick * (0.75 + self._clock.random() / 4))
+                logger.info("%s once more: %s", what, error)
+                pause = min(self._tick, _PAUSE) * self._clock.random()
+                await self._clock.sleep(max(error.delay or 0.0, pause))
 
     async def _survey(self) -> None:
         """See how things stand, and do what follows."""
@@ -319,7 +329,7 @@ class Worker:
             return
         held = self._held[shard] = Held(self._outlook.listed[shard], lease, touched)
         self._wanted.discard(shard)
-        held.task = self._read_on(self._tasks, held)
+        held.task = self._start(self._tasks, shard, self._read, held)
 
     async def _leave(self) -> None:
         """Give back what is held, and withdraw what was asked for."""
@@ -340,16 +350,13 @@ class Worker:
 
     # ----------------------------------------------------------------- reading
 
-    def _read_on(self, tasks: asyncio.TaskGroup, held: Held) -> asyncio.Task[None]:
-        return tasks.create_task(self._guarded(self._read, held), name=f"flowlane-shards {held.shard.id}")
-
     async def _read(self, held: Held) -> None:
         """Read the shard to its end. The next page waits until all of the one before is settled."""
         loop = asyncio.get_running_loop()
         reader = self._shards.read(held.shard, held.place)
         while True:
             began, before = loop.time(), held.looked
-            page = await self._page(reader)
+            page = await self._insist(reader.page, "a shard is read")
             if page.records:
                 await held.idle.wait()
                 held.turn(page)
@@ -363,19 +370,6 @@ class Worker:
             if page.ended:
                 return
 
-    async def _page(self, reader: Reader) -> Page:
-        failing: float | None = None
-        while True:
-            try:
-                return await reader.page()
-            except Retryable as error:
-                now = self._clock.monotonic()
-                failing = now if failing is None else failing
-                if now - failing > self._hold:
-                    raise
-                logger.info("a shard is read once more: %s", error)
-                await self._clock.sleep(max(error.delay or 0.0, _PAUSE * self._clock.random()))
-
     async def _end(self, held: Held) -> None:
         """All is settled, and nothing will come: the shards that it was split or merged into may be read."""
 
@@ -384,4 +378,4 @@ class Worker:
                 return None
             return events.SHARD_ENDED, replace(lease, owner="", wanted="", ended=True, behind=0.0)
 
-        await self._change(held, ended)
+        await self._insist(partial(self._change, held, ended), "a shard is ended")

@@ -3,10 +3,10 @@ format."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 from hashlib import md5
 from itertools import chain, repeat
+from operator import add
 from typing import Final
 
 from flowlane.streams.kpl import MAGIC
@@ -15,6 +15,8 @@ from flowlane.streams.kpl import MAGIC
 #: for each of its records (six tags; the lengths of a record, its data and its key, and the key's number).
 AROUND: Final = len(MAGIC) + 16
 EACH: Final = 18
+#: Numbers that are kept in mind, at most.
+_MOST: Final = 1 << 14
 
 
 def pack(keys: Sequence[str], data: Sequence[bytes]) -> bytes:
@@ -25,37 +27,20 @@ def pack(keys: Sequence[str], data: Sequence[bytes]) -> bytes:
         UnicodeEncodeError: a key is no text that UTF-8 can hold.
     """
     table = dict.fromkeys(keys)
-    number_of = dict(zip(table, range(len(table)), strict=True))
-    # Maps, none of which runs any Python for what the caches have: half the time that a loop takes.
+    names = [key.encode() for key in table]
+    # Maps, none of which runs any Python for what is known: less time than a loop takes.
+    entries = zip(repeat(b"\x0a"), map(_VARINTS.__getitem__, map(len, names)), names)
+    number_of = dict(zip(table, map(_NUMBERS.__getitem__, range(len(table))), strict=True))
     numbers = list(map(number_of.__getitem__, keys))
     sizes = list(map(len, data))
-    heads = map(_head, sizes, map(_width, numbers))
-    names = [key.encode() for key in table]
-    entries = zip(repeat(b"\x0a"), map(_varint, map(len, names)), names)
-    records = zip(heads, map(_number, numbers), map(_varint, sizes), data, strict=True)
-    message = b"".join(chain(chain.from_iterable(entries), chain.from_iterable(records)))
+    lengths = list(map(_VARINTS.__getitem__, sizes))
+    around = map(add, map(len, numbers), map(len, lengths))
+    wholes = map(_VARINTS.__getitem__, map(add, around, sizes))
+    records = zip(repeat(b"\x1a"), wholes, numbers, lengths, data)
+    message = b"".join([*chain.from_iterable(entries), *chain.from_iterable(records)])
     return b"".join((MAGIC, message, md5(message, usedforsecurity=False).digest()))
 
 
-@lru_cache(1 << 13)
-def _head(size: int, width: int) -> bytes:
-    """The tag and the length of a record of `size` bytes of data, whose key's number takes `width` bytes."""
-    return b"\x1a" + _varint(1 + width + 1 + len(_varint(size)) + size)
-
-
-@lru_cache(1 << 13)
-def _width(number: int) -> int:
-    """Bytes that `number` takes."""
-    return len(_varint(number))
-
-
-@lru_cache(1 << 13)
-def _number(number: int) -> bytes:
-    """A record's field of its key's number, and the tag of the data that follows it."""
-    return b"\x08" + _varint(number) + b"\x1a"
-
-
-@lru_cache(1 << 13)
 def _varint(value: int) -> bytes:
     """`value` seven bits at a time, the least significant ones first."""
     out = bytearray()
@@ -64,3 +49,22 @@ def _varint(value: int) -> bytes:
         value >>= 7
     out.append(value)
     return bytes(out)
+
+
+class _Known(dict[int, bytes]):
+    """What `make` makes of numbers, worked out when first asked for. Found sooner than in a cache."""
+
+    def __init__(self, make: Callable[[int], bytes]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, number: int) -> bytes:
+        if len(self) >= _MOST:
+            self.clear()
+        self[number] = made = self._make(number)
+        return made
+
+
+_VARINTS: Final = _Known(_varint)
+#: A record's field of its key's number, and the tag of the data that follows it.
+_NUMBERS: Final = _Known(lambda number: b"\x08" + _varint(number) + b"\x1a")

@@ -169,12 +169,14 @@ class AwsBackend:
                         one.answer = error
 
     async def _delete(self, applied: Sequence[Draft]) -> None:
+        for one in applied:
+            if one.commit.ack is not None and not isinstance(one.commit.ack, AwsDelivery):
+                # A channel brought it, or a payload of Lambda, whose answer settles it: that asks nobody, and
+                # does not depend on whether the queues can be reached.
+                await one.commit.ack.ack()
         acked = [one.commit.ack.received for one in applied if isinstance(one.commit.ack, AwsDelivery)]
         if acked:
             await self.queues.delete(acked)
-        for one in applied:
-            if one.commit.ack is not None and not isinstance(one.commit.ack, AwsDelivery):
-                await one.commit.ack.ack()  # a payload of Lambda brought it, whose answer settles it
 
     async def _completed(self, applied: Sequence[Draft]) -> _Rounds | None:
         try:
@@ -379,7 +381,10 @@ async def open_backend(
     together = str(aggregate).lower()
     if together not in ("true", "false"):
         raise ConfigError(f"{redact(uri)}: aggregate={aggregate!r}: say true or false")
-    held = duration(hold) if hold else HOLD
+    try:
+        held = duration(hold) if hold else HOLD
+    except ConfigError as error:
+        raise ConfigError(f"{redact(uri)}: hold={hold}: {error}") from None
     names = checked(Names(parts.netloc, table, queue_prefix, region, together == "true", hold))
     clock = environment.clock
     # Left in this order: commits under way end before the clients are closed.

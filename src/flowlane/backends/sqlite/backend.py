@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 import msgspec
 
-from flowlane.backends.common import POLL, News, checked
+from flowlane.backends.common import CHANNEL_LEASE, POLL, News, checked, held_for
 from flowlane.backends.sqlite.channel import SqliteChannel
 from flowlane.backends.sqlite.group import Prepared, Work, prepare
 from flowlane.backends.sqlite.queue import Ack, Extend, Nack, Pace, Purge, Receive, entries
@@ -48,16 +48,27 @@ class _Delivery(msgspec.Struct, eq=False, gc=False):
 
 
 class SqliteBackend:
-    """See ``ports.Backend``. Safe for the tasks of one loop, and for every process that opens the file."""
+    """See ``ports.Backend``. Safe for the tasks of one loop, and for every process that opens the file.
+    `hold`: of a partition of a channel, seconds."""
 
     exact_queue = True  # see ``ports.Backend``
 
-    def __init__(self, path: Path, clock: Clock, writer: Writer, reader: Reader, news: News) -> None:
+    def __init__(
+        self,
+        path: Path,
+        clock: Clock,
+        writer: Writer,
+        reader: Reader,
+        news: News,
+        *,
+        hold: float = CHANNEL_LEASE,
+    ) -> None:
         self._path = path
         self._clock = clock
         self.writer = writer
         self._reader = reader
         self._news = news
+        self._hold = hold
         self._turn = 0
         self._pace = Pace()
 
@@ -129,7 +140,7 @@ class SqliteBackend:
             raise failure(error, self._path) from None
 
     def channel(self, name: str) -> Channel:
-        return SqliteChannel(name, self._clock, self.writer, self._news)
+        return SqliteChannel(name, self._clock, self.writer, self._news, self._hold)
 
     async def create(self, queues: Sequence[QueueSpec]) -> Sequence[str]:
         return []
@@ -146,24 +157,30 @@ class SqliteBackend:
 
 @asynccontextmanager
 async def open_backend(
-    uri: str, environment: Environment, *, synchronous: str = "normal", busy_timeout: str = "30"
+    uri: str,
+    environment: Environment,
+    *,
+    synchronous: str = "normal",
+    busy_timeout: str = "30",
+    hold: str = "",
 ) -> AsyncIterator[SqliteBackend]:
     """The backend in the file that `uri` names: ``sqlite:///relative/path``, ``sqlite:////absolute/path``.
 
     The file and its directory are made if they are missing. With ``synchronous=full`` the last commits
     survive a power failure, with ``normal`` they may be lost, log and queue together. ``busy_timeout`` is
-    how long (seconds) a write waits for those of other processes.
+    how long (seconds) a write waits for those of other processes, ``hold`` how long a partition of a channel
+    is held that nobody renews (``5s``); processes need not agree on it.
 
     Raises:
         ConfigError: see ``schema.connect``; or an option is wrong.
     """
-    settings = _settings(uri, synchronous, busy_timeout)
+    settings, held = _settings(uri, synchronous, busy_timeout), held_for(uri, hold)
     news = News()
     async with (
         Writer(settings, environment.clock, news) as writer,
         Reader(settings, writer.identity) as reader,
     ):
-        yield SqliteBackend(settings.path, environment.clock, writer, reader, news)
+        yield SqliteBackend(settings.path, environment.clock, writer, reader, news, hold=held)
 
 
 def _settings(uri: str, synchronous: str, busy_timeout: str) -> Settings:

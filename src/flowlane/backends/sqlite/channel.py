@@ -11,7 +11,6 @@ import msgspec
 
 from flowlane.backends.common import (
     BATCH_BYTES,
-    CHANNEL_LEASE,
     PARTITIONS,
     POLL,
     News,
@@ -28,20 +27,19 @@ _records: Final = msgspec.json.Decoder(list[tuple[int, str, str]])
 _numbers: Final = msgspec.json.Decoder(list[int])
 _lags: Final = msgspec.json.Decoder(list[tuple[int, str, int, int]])
 
-# Milliseconds.
-_LEASE: Final = int(CHANNEL_LEASE * 1000)
-
+# An owner is the name of an iteration, for how many milliseconds it was given the hold, and the hold's number
+# (token.30000.1): that of a batch, and of no other.
+_GIVEN: Final = "CAST(substr(c.owner, instr(c.owner, '.') + 1) AS INTEGER)"
 # The first partition, of those given in order, that has records to hand out and is nobody's. A hold that ends
-# later than any can is one from before the wall clock was set back.
-_FREE: Final = """
+# later than it can is one from before the wall clock was set back.
+_FREE: Final = f"""
 SELECT p.value, coalesce(c.position, 0) FROM json_each(?3) AS p
 LEFT JOIN consumer AS c ON c.channel = ?1 AND c.consumer = ?2 AND c.partition = p.value
-WHERE (c.owner IS NULL OR c.owner = '' OR c.until <= ?4 OR c.until > ?5) AND EXISTS (
+WHERE (c.owner IS NULL OR c.owner = '' OR c.until <= ?4 OR c.until > ?4 + {_GIVEN}) AND EXISTS (
     SELECT 1 FROM channel AS r
     WHERE r.channel = ?1 AND r.partition = p.value AND r.position > coalesce(c.position, 0))
 LIMIT 1
-"""
-# An owner is the name of an iteration and the number of the hold: that of a batch, and of no other.
+"""  # noqa: S608  # a constant
 _HELD: Final = (
     "SELECT min(until) FROM consumer "
     "WHERE channel = ? AND consumer = ? AND owner <> '' AND substr(owner, 1, length(?3)) <> ?3"
@@ -105,9 +103,11 @@ class _Next:
     wakes = False
     size = 0
 
-    def __init__(self, channel: str, consumer: str, owner: str, hold: str, limit: int, order: str) -> None:
+    def __init__(
+        self, channel: str, consumer: str, owner: str, hold: str, lasts: int, limit: int, order: str
+    ) -> None:
         self.channel, self.consumer, self.owner, self.hold = channel, consumer, owner, hold
-        self.limit, self.order = limit, order
+        self.lasts, self.limit, self.order = lasts, limit, order
 
     def peek(self, connection: sqlite3.Connection, now: int) -> Any:
         return WRITE if self._free(connection, now) else self._held(connection, now)
@@ -117,7 +117,7 @@ class _Next:
         if free is None:
             return self._held(connection, now)
         where, position = free
-        connection.execute(_HOLD, (self.channel, self.consumer, where, self.hold, now + _LEASE))
+        connection.execute(_HOLD, (self.channel, self.consumer, where, self.hold, now + self.lasts))
         behind = (self.channel, where, position)
         (text,) = connection.execute(_NEXT, (*behind, self._fit(connection, behind))).fetchone()
         return where, self.hold, text
@@ -132,7 +132,7 @@ class _Next:
 
     def _free(self, connection: sqlite3.Connection, now: int) -> tuple[int, int] | None:
         found: tuple[int, int] | None = connection.execute(
-            _FREE, (self.channel, self.consumer, self.order, now, now + _LEASE)
+            _FREE, (self.channel, self.consumer, self.order, now)
         ).fetchone()
         return found
 
@@ -157,11 +157,11 @@ class _Settle(Change):
 class _Extend(Change):
     """The answer is whether the hold was still there."""
 
-    def __init__(self, mine: tuple[str, str, int, str]) -> None:
-        self.mine = mine
+    def __init__(self, mine: tuple[str, str, int, str], lasts: int) -> None:
+        self.mine, self.lasts = mine, lasts
 
     def run(self, connection: sqlite3.Connection, now: int) -> bool:
-        return connection.execute(_EXTEND, (now + _LEASE, *self.mine, now)).rowcount == 1
+        return connection.execute(_EXTEND, (now + self.lasts, *self.mine, now)).rowcount == 1
 
 
 class _GiveUp(Change):
@@ -206,27 +206,31 @@ class _Look:
 
 
 class _Batch:
-    """``mine`` are the channel, the consumer, the partition and the owner of the hold."""
+    """``mine`` are the channel, the consumer, the partition and the owner of the hold, which `lasts` so many
+    milliseconds."""
 
-    __slots__ = ("_mine", "_writer", "records")
+    __slots__ = ("_lasts", "_mine", "_writer", "records")
 
-    def __init__(self, records: list[ChannelRecord], mine: tuple[str, str, int, str], writer: Writer) -> None:
+    def __init__(
+        self, records: list[ChannelRecord], mine: tuple[str, str, int, str], lasts: int, writer: Writer
+    ) -> None:
         self.records = records
-        self._mine, self._writer = mine, writer
+        self._mine, self._lasts, self._writer = mine, lasts, writer
 
     async def settle(self, count: int | None = None) -> None:
         done = self.records[:count]
         await self._writer.submit(_Settle(self._mine, done[-1].position if done else 0))
 
     async def extend(self) -> bool:
-        return bool(await self._writer.submit(_Extend(self._mine)))
+        return bool(await self._writer.submit(_Extend(self._mine, self._lasts)))
 
 
 class SqliteChannel:
     """See ``ports.Channel``. Positions count from 1 in each partition. Records are kept for ever."""
 
-    def __init__(self, name: str, clock: Clock, writer: Writer, news: News) -> None:
+    def __init__(self, name: str, clock: Clock, writer: Writer, news: News, hold: float) -> None:
         self._name, self._clock, self._writer, self._news = name, clock, writer, news
+        self._lasts = int(hold * 1000)
 
     async def put(self, records: Sequence[ChannelRecord]) -> None:
         for portion in await portions(self._name, records):
@@ -240,7 +244,8 @@ class SqliteChannel:
         async def find() -> ChannelBatch | float | None:
             nonlocal turn
             order = str([(turn + n) % PARTITIONS for n in range(PARTITIONS)])
-            request = _Next(self._name, consumer, owner, f"{owner}{next(holds)}", limit, order)
+            mine = f"{owner}{self._lasts}.{next(holds)}"
+            request = _Next(self._name, consumer, owner, mine, self._lasts, limit, order)
             answer = await self._writer.submit(request)
             if not isinstance(answer, tuple):
                 waiting: float | None = answer
@@ -251,7 +256,7 @@ class SqliteChannel:
                 ChannelRecord(key, bytes.fromhex(data), where, position)
                 for position, key, data in _records.decode(text)
             ]
-            return _Batch(records, (self._name, consumer, where, hold), self._writer)
+            return _Batch(records, (self._name, consumer, where, hold), self._lasts, self._writer)
 
         def give_up() -> None:
             self._writer.leave(_GiveUp(self._name, consumer, owner))

@@ -19,9 +19,11 @@ SLICE: Final = 2_000
 _BYTES: Final = 512
 #: Bytes of an aggregate that is unpacked on the loop, at most: its digest alone takes 2 ms for each MiB.
 _LARGE: Final = 1 << 20
-#: Keys of which a shard's reader remembers whether they are the shard's, at most.
-_KEYS: Final = 100_000
-_ALL: Final = (1 << 128) - 1
+#: Keys whose hash is kept in mind, at most.
+_KEYS: Final = 1 << 16
+#: The last hash key that there is, and the digits that one can have.
+ALL: Final = (1 << 128) - 1
+_DIGITS: Final = len(str(ALL))
 
 
 class Got(msgspec.Struct, rename="pascal", gc=False):
@@ -45,27 +47,32 @@ def answer(told: Any) -> Answer:
     return told if isinstance(told, Answer) else msgspec.convert(told, Answer, builtin_types=(bytes,))
 
 
+class Hashes(dict[str, int]):
+    """Of partition keys, the hash keys (MD5), worked out when first asked for; for all shards of a stream."""
+
+    def __missing__(self, key: str) -> int:
+        if len(self) >= _KEYS:
+            self.clear()
+        digest = md5(key.encode(), usedforsecurity=False).digest()
+        self[key] = found = int.from_bytes(digest)
+        return found
+
+
 class Span:
     """The hash keys of one shard, ``first`` and ``last`` included, and the digits in its sequence numbers."""
 
-    def __init__(self, first: int, last: int, digits: int = 0) -> None:
+    def __init__(self, first: int, last: int, digits: int = 0, hashes: Hashes | None = None) -> None:
         self._first, self._last = first, last
-        self.whole = first <= 0 and last >= _ALL
+        self.whole = first <= 0 and last >= ALL
         self.digits = digits
-        self._known: dict[str, bool] = {}
+        self._hashes = Hashes() if hashes is None else hashes
 
     def has(self, record: kpl.UserRecord) -> bool:
         """Whether `record` belongs here: by its explicit hash key, or by its partition key's MD5."""
-        if record.hash_key:
-            return record.hash_key.isdecimal() and self._first <= int(record.hash_key) <= self._last
-        found = self._known.get(record.key)
-        if found is None:
-            digest = md5(record.key.encode(), usedforsecurity=False).digest()
-            found = self._first <= int.from_bytes(digest) <= self._last
-            if len(self._known) >= _KEYS:
-                self._known.clear()
-            self._known[record.key] = found
-        return found
+        if explicit := record.hash_key:
+            fits = len(explicit) <= _DIGITS and explicit.isdecimal()
+            return fits and self._first <= int(explicit) <= self._last
+        return self._first <= self._hashes[record.key] <= self._last
 
 
 class Unpacking:

@@ -17,8 +17,8 @@ from flowlane_aws.kinesis.ranges import Ranges
 #: Bytes of data and keys in one call, at most, unless a single record is larger. AWS takes ten times as much;
 #: encoding, hashing and signing that would hold the loop for too long, and one shard takes this per second.
 CALL_BYTES: Final = 1 << 20
-#: Bytes that are put together, at most: six of the units that PutRecords is billed by. More save no CPU, a
-#: third of it, which is what the library has by default, takes a third more (``benchmarks/channel.py``).
+#: Bytes that are put together, at most: six of the units that PutRecords is billed by. More save no CPU to
+#: speak of; a third of it, which is what the library has by default, takes more (``benchmarks/channel.py``).
 PACK_BYTES: Final = 150 << 10
 #: The same in one call of what is put together: four full ones.
 _CALL_PACKED: Final = 4 * PACK_BYTES
@@ -70,8 +70,9 @@ class Packs:
     which ``left`` are not known to be stored where they belong.
 
     Each aggregate says by its hash key which shard it is for. It may be gone by then, split or merged: then
-    the answer names another one. A reader leaves out what does not belong into the shard where it finds it,
-    as the AWS libraries do, so that is put again, once nothing is under way and the shards are known anew.
+    the answer names another one. If it holds a record that does not belong into that shard, all of it is put
+    again, once nothing is under way and the shards are known anew: readers leave such a record out, and the
+    Kinesis Client Library leaves out the others that came with it, too (``AggregatorUtil.deaggregate``).
 
     A record is wrapped though it is alone: Lambda handles what has different partition keys in parallel, so
     all of a shard are to bear the same. Only what would be too large for `largest` bytes then goes bare.
@@ -134,11 +135,12 @@ class Packs:
     def replan(self, ranges: Ranges) -> None:
         """What is not stored, or not where it belongs, is set out anew for the shards of `ranges`; nothing is
         under way."""
-        again: dict[str, list[ChannelRecord]] = {}
+        again: dict[str, Sequence[ChannelRecord]] = {}
         for parcel, shard in self._astray:
-            outside = [record for record in parcel.records if not ranges.holds(shard, record.key)]
-            self.left -= len(parcel.records) - len(outside)
-            again[parcel.line] = outside
+            if all(ranges.holds(shard, record.key) for record in parcel.records):
+                self.left -= len(parcel.records)
+            else:
+                again[parcel.line] = parcel.records
         waiting, piles = self.lines.drain(), self._piles
         self._set_out(ranges)
         for pile in piles:

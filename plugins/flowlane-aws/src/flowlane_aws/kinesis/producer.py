@@ -100,7 +100,8 @@ class Producer:
         """Only when it matters: a stream may have been made to take larger records (UpdateMaxRecordSize)."""
         async with asking(f"asking how large the records of Kinesis stream {self._stream} may be"):
             answer = await self._client.describe_stream_summary(StreamName=self._stream)
-        limit = answer["StreamDescriptionSummary"].get("MaxRecordSizeInKiB", RECORD_BYTES >> 10)
+        summary = answer.get("StreamDescriptionSummary", {})
+        limit = summary.get("MaxRecordSizeInKiB", RECORD_BYTES >> 10)
         self._largest = limit << 10
 
     async def _plan(self, total: int) -> _Plan:
@@ -158,9 +159,10 @@ class Producer:
                 answer = await self._client.put_records(StreamName=self._stream, Records=entries)
         except ClientError as error:
             return [{"ErrorCode": code_of(error)}] * len(entries)
-        results: Sequence[Mapping[str, Any]] = answer["Records"]
-        if len(results) != len(entries):
-            raise Retryable(f"{self._what}: {len(results)} answers to {len(entries)} records")
+        results: Sequence[Mapping[str, Any]] = answer.get("Records", ())
+        told = sum([1 for result in results if result.get("ErrorCode") or result.get("ShardId")])
+        if not len(results) == told == len(entries):
+            raise Retryable(f"{self._what}: {told} answers to {len(entries)} records")
         return results
 
     def _settle(self, plan: _Plan, call: Sequence[Parcel], results: Sequence[Mapping[str, Any]]) -> None:

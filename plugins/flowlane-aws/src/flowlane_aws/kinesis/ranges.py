@@ -77,7 +77,7 @@ async def ranges_of(client: Any, stream: str) -> Ranges:
         while asked:
             async with asking(what, passing=_PASSING):
                 answer = await client.list_shards(**asked)
-            shards += answer["Shards"]
+            shards += answer.get("Shards", ())
             token = answer.get("NextToken")
             asked = {"NextToken": token} if token else {}
     except ClientError as error:

@@ -11,7 +11,7 @@ from flowlane.errors import Retryable
 from flowlane.ports import ChannelRecord
 from flowlane.shards import SUBS, Page, Place, Shard
 from flowlane_aws.clients import asking, code_of
-from flowlane_aws.kinesis.pages import Answer, Unpacking, answer
+from flowlane_aws.kinesis.pages import Answer, Span, Unpacking, answer
 
 if TYPE_CHECKING:
     from flowlane_aws.kinesis.shards import KinesisShards
@@ -26,6 +26,8 @@ _SLOWEST: Final = 1.0
 #: Bytes of data in a page, more or less. GetRecords gives up to 10 MiB, which take 12 ms to parse on the loop
 #: and then cost the shard five seconds (2 MiB a second); it can be told how many records, not how many bytes.
 PAGE_BYTES: Final = 2 << 20
+#: The same of all pages of a stream that a process has in memory: two of each shard that it reads.
+PAGES_BYTES: Final = 64 << 20
 _MOST: Final = 10_000  # records in a page (API reference)
 #: Tries for one page, at most. After each that is throttled, a second goes by, more or less.
 _TRIES: Final = 10
@@ -47,19 +49,21 @@ class ShardReader:
         self._place = place  # behind what was read so far
         self._iterator: str | None = None
         self._most = _MOST if most is None else most
+        self._span: Span | None = None
         self._due = 0.0  # when the shard may be asked next
         self._pause = 0.0
         self._told = False  # of strangers
 
     async def page(self) -> Page:
         """See ``Reader.page``."""
-        span = await self._stream.span(self._shard)
+        if self._span is None:  # that of a shard never changes
+            self._span = await self._stream.span(self._shard)
         await self._clock.sleep(max(0.0, self._due - self._clock.monotonic()))
         limit = self._limit()
         got = await self._ask(limit)
         if got is None:
             return Page(ended=True)
-        unpacking = Unpacking(self._shard.number, span, self._clock)
+        unpacking = Unpacking(self._shard.number, self._span, self._clock)
         await unpacking.add(got.records)
         self._tell(unpacking.strangers)
         behind = self._behind(got, limit)
@@ -82,7 +86,8 @@ class ShardReader:
 
     def _limit(self) -> int:
         """How many records are asked for."""
-        return max(1, min(self._most, PAGE_BYTES // self._stream.usual))
+        share = min(PAGE_BYTES, PAGES_BYTES // (2 * max(1, len(self._stream.readers))))
+        return max(1, min(self._most, share // self._stream.usual))
 
     def _behind(self, got: Answer, limit: int) -> float | None:
         """By how many seconds a page's end is behind the tip: never 0 if it was the limit that ended it."""
@@ -105,7 +110,7 @@ class ShardReader:
         code = ""
         for _ in range(_TRIES):
             try:
-                async with asking(self._what, passing=_PASSING):
+                async with self._stream.turns, asking(self._what, passing=_PASSING):
                     if self._iterator is None:
                         self._iterator = await self._stream.iterator(self._shard, self._place)
                     got = await self._client.get_records(ShardIterator=self._iterator, Limit=limit)
