@@ -42,7 +42,7 @@ demo: setup
 
 # With bytecode kept, whatever the environment says: four processes would compile 400 files of tests each time.
 test: setup
-	@PYTHONDONTWRITEBYTECODE= $(PY) -m pytest tests $(wildcard plugins/*/tests) -n 4
+	@PYTHONDONTWRITEBYTECODE= $(PY) -m pytest tests $(wildcard plugins/*/tests) -n 6 --dist worksteal
 
 lint: setup
 	@$(PY) -m ruff check --quiet .
