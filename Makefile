@@ -40,7 +40,7 @@ $(NODE_SERVERS): $(SERVERS)
 demo: setup
 	@$(PY) -m examples.demo
 
-# With bytecode kept, whatever the environment says: four processes would compile 400 files of tests each time.
+# With bytecode kept, whatever the environment says: each process would compile 400 files of tests each time.
 test: setup
 	@PYTHONDONTWRITEBYTECODE= $(PY) -m pytest tests $(wildcard plugins/*/tests) -n 6 --dist worksteal
 
