@@ -533,6 +533,19 @@ async def test_many_units_at_once_in_two_sinks(file: Path, environment: Environm
     assert len({row["id"] for row in rows_of(file)}) == 320
 
 
+async def test_a_new_file_is_waited_for_while_others_make_it(file: Path, environment: Environment) -> None:
+    """SQLite itself does not, whatever its timeout, where it becomes a file with a write-ahead log."""
+    execute(file, "CREATE TABLE t (id)")
+    with closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        loading = asyncio.create_task(load(file, environment, [{"id": 1}]))
+        done, _ = await asyncio.wait([loading], timeout=0.2)
+        other.execute("COMMIT")
+    await loading
+    assert not done
+    assert rows_of(file) == [{"id": 1}]
+
+
 async def test_a_backends_file_holds_no_tables(file: Path, environment: Environment) -> None:
     execute(file, f"PRAGMA application_id = {0x666C6F77}")
     with pytest.raises(ConfigError, match="file of a flowlane backend"):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import re
 import sqlite3
+import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 from urllib.parse import quote, unquote, urlsplit
@@ -19,6 +21,8 @@ T = TypeVar("T")
 
 #: How long a transaction waits for those of other connections, in seconds.
 PATIENCE: Final = 30.0
+#: Between two looks at a file that is in the making, in seconds.
+_PAUSE: Final = 0.01
 
 #: What refuses a single row: its values, or a constraint of the table.
 UNFIT: Final = (sqlite3.IntegrityError, sqlite3.DataError, OverflowError, UnicodeError, ValueError, TypeError)
@@ -143,9 +147,36 @@ class Database:
             raise
 
 
+def patiently(step: Callable[[], None], seconds: float) -> None:
+    """Do `step`, again and again for so long while other connections write, make or recover the same file.
+
+    Raises:
+        sqlite3.OperationalError: they still do.
+    """
+    pause = threading.Event()
+    for left in range(int(seconds / _PAUSE), -1, -1):
+        try:
+            step()
+            return
+        except sqlite3.OperationalError as error:
+            if not left or not is_locked(error):
+                raise
+        pause.wait(_PAUSE)
+
+
+def is_locked(error: sqlite3.Error) -> bool:
+    """Whether `error` says that another connection is in the way."""
+    code: int = getattr(error, "sqlite_errorcode", 0)
+    return code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
 def failure(error: sqlite3.Error, path: Path) -> FlowlaneError:
     """What the sqlite3 module says, as one of flowlane's errors."""
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    if is_locked(error):
+        return Retryable(
+            f"{path}: {error}: another connection has written to it for {PATIENCE:g} s: end that one"
+        )
     if code in _PASSING:
         return Retryable(f"{path}: {error}")
     if code in _NO_FILE:
@@ -166,11 +197,12 @@ def _connect(path: Path, write: bool) -> sqlite3.Connection:
         connection = sqlite3.connect(
             f"file:{quote(str(path.absolute()))}?mode={'rwc' if write else 'rw'}",
             uri=True,
-            timeout=PATIENCE,
+            timeout=0,  # where others make or recover the file, SQLite itself does not wait
             isolation_level=None,
             check_same_thread=False,  # one thread at a time, but not always the same one
         )
-        _prepare(connection, path, write)
+        patiently(partial(_prepare, connection, path, write), PATIENCE)
+        connection.execute(f"PRAGMA busy_timeout = {int(PATIENCE * 1000)}")
     except BaseException as error:
         if connection is not None:
             connection.close()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sqlite3
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from flowlane.clock import Clock
+from flowlane.connectors.database import is_locked, patiently
 from flowlane.errors import ConfigError, FlowlaneError, Permanent, Retryable
 
 APPLICATION: Final = 0x666C6F77  # "flow"
@@ -189,7 +188,7 @@ def connect(settings: Settings) -> sqlite3.Connection:
         # SQLite shall not wait itself before all is done: where others create or recover the file it does
         # not, and elsewhere it would begin anew in every statement.
         connection = _connected(settings, 0)
-        _patiently(lambda c=connection: _prepared(c, settings), settings.busy_timeout)  # type: ignore[misc]
+        patiently(lambda c=connection: _prepared(c, settings), settings.busy_timeout)  # type: ignore[misc]
         connection.execute(f"PRAGMA busy_timeout = {int(settings.busy_timeout * 1000)}")
     except sqlite3.Error as error:
         if connection is not None:
@@ -277,24 +276,6 @@ def _is_ours(connection: sqlite3.Connection, path: Path) -> bool:
     return False
 
 
-def _patiently(step: Callable[[], None], seconds: float) -> None:
-    """`step`, again and again while other processes write, create or recover the same file."""
-    pause = threading.Event()
-    for left in range(int(seconds / 0.01), -1, -1):
-        try:
-            step()
-            return
-        except sqlite3.OperationalError as error:
-            if not left or not _is_locked(error):
-                raise
-        pause.wait(0.01)
-
-
-def _is_locked(error: sqlite3.Error) -> bool:
-    code: int = getattr(error, "sqlite_errorcode", 0)
-    return code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-
-
 def _refusal(error: sqlite3.Error, settings: Settings) -> ConfigError:
     path = settings.path
     if path.is_dir():
@@ -303,7 +284,7 @@ def _refusal(error: sqlite3.Error, settings: Settings) -> ConfigError:
         return ConfigError(
             f"{path}: is not a database, or damaged ({error}): restore a backup or name another file"
         )
-    if _is_locked(error):
+    if is_locked(error):
         return ConfigError(
             f"{path}: another process has held its lock for {settings.busy_timeout:g} s: "
             "end that process, or wait longer with busy_timeout=SECONDS"
