@@ -126,16 +126,17 @@ def place(entries: Sequence[Entry], directory: int) -> None:
     above: Entry | None = None
     following = directory
     for entry in sorted(entries, key=attrgetter("offset"), reverse=True):
-        if entry.offset >= directory or entry.offset < 0:
+        offset = entry.offset
+        if offset >= directory or offset < 0:
             _blame(entry, "its local header would lie in the directory, or behind it")
             continue
-        if above is not None and above.offset == entry.offset:
+        if above is not None and above.offset == offset:
             _blame(above, _SHARED)
             _blame(entry, _SHARED)
         elif above is not None:
             following = above.offset
         force_setattr(entry, "limit", following)
-        if entry.offset + LOCAL + len(entry.stored_name) + entry.packed > following:
+        if offset + LOCAL + len(entry.stored_name) + entry.packed > following:
             _blame(entry, "its data would reach into what follows them (overlapping entries)")
         above = entry
 

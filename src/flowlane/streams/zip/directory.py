@@ -15,7 +15,8 @@ from flowlane.streams.zip.end import End
 from flowlane.streams.zip.entry import AES, Entry, Kind, ZipLimits
 from flowlane.streams.zip.names import decode
 
-_RECORD: Final = struct.Struct("<4s4B4HL2L5H2L")  # 4.3.12
+#: 4.3.12, without the version made by, the time, the date and the internal attributes.
+_RECORD: Final = struct.Struct("<4s2xBx2H4x3L4H2x2L")
 _FIELD: Final = struct.Struct("<2H")  # 4.5.1
 
 _FULL32: Final = 0xFFFFFFFF
@@ -64,18 +65,26 @@ class Directory:
         at, last = 0, len(held) - _RECORD.size
         while at <= last:
             fields = _RECORD.unpack_from(held, at)
-            if fields[0] != b"PK\1\2":
-                if fields[0] == _SIGNATURE:
+            sign, needed, flags, method, crc, packed, size, named, more, said, _, attributes, offset = fields
+            if sign != b"PK\1\2":
+                if sign == _SIGNATURE:
                     break
                 where = end.start + self._used + at
                 raise Damaged(f"damaged: at byte {where:,} must be entry {len(entries)} of its directory")
-            name = at + _RECORD.size
-            extra = name + fields[12]
-            comment = extra + fields[13]
-            following = comment + fields[14]
+            behind = at + _RECORD.size
+            extra = behind + named
+            following = extra + more + said
             if following > len(held):
                 break
-            entries.append(_entry(len(entries), fields, held[name:extra], held[extra:comment], end))
+            raw = held[behind:extra]
+            if not more and method != AES and needed <= _NEWEST and not end.disk and raw.isascii():
+                # As most are, and nothing that is looked at elsewhere would be found: at half the price.
+                name = raw.decode("ascii")
+                kind = _kind(name, attributes, size)
+                entry = Entry(len(entries), name, offset + end.prefix, packed, size, crc, method, flags, kind)
+            else:
+                entry = _entry(len(entries), fields, raw, held[extra : extra + more], end)
+            entries.append(entry)
             at = following
         self._held = held[at:]
         self._used += at
@@ -110,12 +119,7 @@ class Directory:
 
 def _entry(index: int, fields: tuple[Any, ...], raw: bytes, extra: bytes, end: End) -> Entry:
     """One entry of the directory, with what is wrong with it by itself."""
-    _, _, _, needed, _, flags, method, _, _, crc, packed, size, _, _, _, disk, _, attributes, offset = fields
-    if not extra and method != AES and needed <= _NEWEST and not end.disk and raw.isascii():
-        # As most are, and nothing below would find anything: at half the price.
-        name = raw.decode("ascii")
-        kind = _kind(name, attributes, size)
-        return Entry(index, name, offset + end.prefix, packed, size, crc, method, flags, kind)
+    _, needed, flags, method, crc, packed, size, _, _, _, disk, attributes, offset = fields
     known: dict[int, bytes] = {}
     fault = _extra(extra, known) if extra else ""
     name, unreadable = decode(raw, flags, known.get(_UNICODE_PATH, b""))
