@@ -39,12 +39,12 @@ class TestOnMiniStack(ChannelSuite):
             async def opening() -> AsyncIterator[Backend]:
                 nonlocal made
                 async with opened(name, clock) as backend:
-                    backend._channels._hold = self.HOLD
+                    channels = backend._channels()
+                    channels._hold = self.HOLD
                     if not made:
                         await backend.create([])
                         for channel in CHANNELS:  # of two shards: on demand the stand-in makes one
-                            client = backend._channels._client
-                            await client.create_stream(StreamName=f"{name}-{channel}", ShardCount=2)
+                            await channels._client.create_stream(StreamName=f"{name}-{channel}", ShardCount=2)
                         made = True
                     yield backend
 

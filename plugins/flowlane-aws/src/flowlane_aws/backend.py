@@ -10,8 +10,8 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
-from typing import Any, Final
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 import msgspec
@@ -20,7 +20,6 @@ from flowlane.errors import ConfigError, FlowlaneError, Permanent, VersionConfli
 from flowlane.events import Event, Reference
 from flowlane.lane import duration
 from flowlane.ports import (
-    Backend,
     Channel,
     Commit,
     Committed,
@@ -32,14 +31,10 @@ from flowlane.ports import (
     Publish,
     QueueSpec,
 )
-from flowlane.shards import HOLD
 from flowlane.state import RunTally
 from flowlane_aws.bounded import all_of, each, owned_tasks
 from flowlane_aws.carriers import Carriers
 from flowlane_aws.clients import open_client
-from flowlane_aws.deploy import template
-from flowlane_aws.kinesis import HOT as RECORDS
-from flowlane_aws.kinesis import KinesisChannel, creation
 from flowlane_aws.lazy import LazyClient
 from flowlane_aws.log.commits import Draft, is_timer
 from flowlane_aws.log.log import Log
@@ -49,6 +44,9 @@ from flowlane_aws.log.table import Table
 from flowlane_aws.names import Names, checked
 from flowlane_aws.queue.queue import HOT, Queues
 from flowlane_aws.queue.receiving import Received
+
+if TYPE_CHECKING:
+    from flowlane_aws.channels import Channels
 
 logger = logging.getLogger("flowlane")
 
@@ -90,7 +88,7 @@ class AwsBackend:
         log: Log,
         table: Table,
         queues: Queues,
-        channels: Channels,
+        channels: Callable[[], Channels],
         tasks: asyncio.TaskGroup,
     ) -> None:
         self._names = names
@@ -269,17 +267,19 @@ class AwsBackend:
     async def create(self, queues: Sequence[QueueSpec]) -> Sequence[str]:
         made = [self._table.name] if await create(self._table) else []
         made += await self.queues.create(queues)
-        return [*made, *await self._channels.create(queues)]
+        return [*made, *await self._channels().create(queues)]
 
     def template(self, deployment: Deployment) -> Mapping[str, Any]:
         """See ``ports.Deployable``: a CloudFormation template."""
+        from flowlane_aws.deploy import template  # a function is started without
+
         return template(self._names, deployment)
 
     async def purge(self) -> None:
         await self.queues.purge()
 
     def channel(self, name: str) -> Channel:
-        return self._channels.channel(name, self)
+        return self._channels().channel(name, self)
 
     def stream_of(self, channel: str) -> str:
         """See ``flowlane.aws_lambda.channels.Streaming``."""
@@ -310,43 +310,6 @@ def _told(one: Draft, rounds: _Rounds | None) -> Committed | VersionConflict:
     if rounds is None:
         return Committed()
     return Committed({key: tally for key in keys if (tally := rounds.get(key)) is not None})
-
-
-# --------------------------------------------------------------------------- channels
-
-
-class Channels:
-    """The channels of a backend; their client is opened when one is put to or consumed. `hold`: theirs, in
-    seconds (see ``ShardedChannel``). With `aggregate`, what is put to them is put together."""
-
-    def __init__(
-        self,
-        names: Names,
-        client: LazyClient,
-        environment: Environment,
-        *,
-        aggregate: bool = False,
-        hold: float = HOLD,
-    ) -> None:
-        self._names = names
-        self._client = client
-        self._clock = environment.clock
-        self._aggregate, self._hold = aggregate, hold
-        self._channels: dict[str, KinesisChannel] = {}
-
-    def channel(self, name: str, log: Backend) -> Channel:
-        """The channel called `name`, the same one each time; its consumers' positions are in `log`."""
-        if name not in self._channels:
-            stream = self._names.stream(name)
-            self._channels[name] = KinesisChannel(
-                name, stream, self._client, log, self._clock, aggregate=self._aggregate, hold=self._hold
-            )
-        return self._channels[name]
-
-    async def create(self, queues: Sequence[QueueSpec]) -> Sequence[str]:
-        """The streams of those that are channels are there; see ``kinesis.creation``."""
-        specs = [spec for spec in queues if spec.via == "channel"]
-        return await creation.create(self._client, self._names, specs, self._clock)
 
 
 # --------------------------------------------------------------------------- factory
@@ -382,7 +345,7 @@ async def open_backend(
     if together not in ("true", "false"):
         raise ConfigError(f"{redact(uri)}: aggregate={aggregate!r}: say true or false")
     try:
-        held = duration(hold) if hold else HOLD
+        held = duration(hold) if hold else None
     except ConfigError as error:
         raise ConfigError(f"{redact(uri)}: hold={hold}: {error}") from None
     names = checked(Names(parts.netloc, table, queue_prefix, region, together == "true", hold))
@@ -401,6 +364,11 @@ async def open_backend(
             return await log.event(reference.stream, reference.version)
 
         queues = Queues(client("sqs", brisk=HOT), names, clock, resolve, tasks)
-        kinesis = client("kinesis", brisk=RECORDS)
-        channels = Channels(names, kinesis, environment, aggregate=names.aggregate, hold=held)
+
+        @cache
+        def channels() -> Channels:
+            from flowlane_aws.channels import RECORDS, Channels  # a process without a channel starts without
+
+            return Channels(names, client("kinesis", brisk=RECORDS), clock, hold=held)
+
         yield AwsBackend(names, log, log_table, queues, channels, tasks)
