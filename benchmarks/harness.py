@@ -115,17 +115,25 @@ def peak_mb(*, children: bool = False) -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
-def run(case: Case, *, size: int | None, rounds: int | None, scratch: Path) -> Result:
-    """Run every candidate of `case` once a round, in turn, beginning with another one each time.
+def run(
+    case: Case,
+    *,
+    size: int | None,
+    rounds: int | None,
+    scratch: Path,
+    measured: Callable[[Candidate], Figures] | None = None,
+) -> Result:
+    """Run every candidate of `case` once a round, in turn, beginning with another one each time; each by
+    `measured` (``measure``, where none is given).
 
     Raises:
         WrongOutput: a candidate failed.
     """
-    result = Result(case)
+    each, result = measured or measure, Result(case)
     with case.opened(size, scratch) as candidates:
         for number in range(rounds or case.rounds):
             turn = number % len(candidates)
-            done = {c.name: measure(c) for c in (*candidates[turn:], *candidates[:turn])}
+            done = {c.name: each(c) for c in (*candidates[turn:], *candidates[:turn])}
             result.rounds.append({c.name: done[c.name] for c in candidates})
     return result
 
@@ -146,10 +154,20 @@ def measure(candidate: Candidate) -> Figures:
         process.returncode = os.waitstatus_to_exitcode(status)
     wall = time.monotonic() - began
     print(f" {wall:.1f} s", file=sys.stderr)
-    if process.returncode:
-        raise WrongOutput(f"{candidate.name} ended with {process.returncode}")
-    lines = output.splitlines()
-    told: Figures = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
     cpu = usage.ru_utime + usage.ru_stime
     # A process begins with its parent's peak: the candidate's own account of it is the better one.
-    return {"wall": wall, "cpu": cpu, "peak": usage.ru_maxrss / 1024, **told}
+    own = {"wall": wall, "cpu": cpu, "peak": usage.ru_maxrss / 1024}
+    return own | told(candidate, process.returncode, output)
+
+
+def told(candidate: Candidate, code: int, output: str) -> Figures:
+    """The candidate's own figures, out of its exit code and what it wrote.
+
+    Raises:
+        WrongOutput: the code is not 0.
+    """
+    if code:
+        raise WrongOutput(f"{candidate.name} ended with {code}")
+    lines = output.splitlines()
+    figures: Figures = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
+    return figures

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -141,8 +142,8 @@ def main(kind: str, base: str, piece: Path, count: int, scratch: Path) -> dict[s
 
 def cpu_seconds() -> float:
     """CPU time of this process with all its threads, and of the children it has waited for."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    every = (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in every)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "flowlane"
 
@@ -77,6 +76,7 @@ def part_of(name: str) -> str:
     return name.partition(".")[0]
 
 
+@cache
 def imports(file: Path) -> list[tuple[int, str]]:
     """Line and full name of everything that `file` imports, anywhere in it, under TYPE_CHECKING too."""
     found = []
@@ -106,18 +106,23 @@ def test_there_are_modules_to_look_at() -> None:
     assert inner(SRC / "engine.py")
 
 
-@pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_a_module_imports_its_own_layer_or_below(file: Path) -> None:
-    part = part_of(name_of(file))
-    if part == ASIDE:
-        return
-    assert part == "" or part in LAYER, f"{part} is in no layer: add it to LAYERS and to docs/architecture.md"
-    own = LAYER.get(part, TOP)
-    for line, target in inner(file):
-        where = f"{file.relative_to(SRC)}:{line}"
-        assert target != ASIDE, f"{where} imports flowlane.testing: only tests may"
-        layer = LAYER[target] if target else TOP
-        assert layer <= own, f"{where} (layer {own}) imports {target or 'flowlane'} (layer {layer})"
+def test_a_module_imports_its_own_layer_or_below() -> None:
+    wrong = []
+    for file in FILES:
+        part = part_of(name_of(file))
+        if part == ASIDE:
+            continue
+        assert part == "" or part in LAYER, (
+            f"{part} is in no layer: add it to LAYERS and to docs/architecture.md"
+        )
+        own = LAYER.get(part, TOP)
+        for line, target in inner(file):
+            where = f"{file.relative_to(SRC)}:{line}"
+            if target == ASIDE:
+                wrong.append(f"{where} imports flowlane.testing: only tests may")
+            elif (layer := LAYER[target] if target else TOP) > own:
+                wrong.append(f"{where} (layer {own}) imports {target or 'flowlane'} (layer {layer})")
+    assert wrong == []
 
 
 def test_every_entry_is_a_module() -> None:
@@ -125,17 +130,18 @@ def test_every_entry_is_a_module() -> None:
     assert gone == []
 
 
-@pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_libraries_are_imported_only_where_they_belong(file: Path) -> None:
-    part = part_of(name_of(file))
-    for line, name in imports(file):
-        library = name.partition(".")[0]
-        where = f"{file.relative_to(SRC)}:{line}"
-        assert library not in BANNED, f"{where} imports {library}: an SDK belongs into a plugin"
-        allowed = RESERVED.get(library)
-        assert allowed is None or part in (*allowed, ASIDE), (
-            f"{where} imports {library}, which is for {allowed}"
-        )
+def test_libraries_are_imported_only_where_they_belong() -> None:
+    wrong = []
+    for file in FILES:
+        part = part_of(name_of(file))
+        for line, name in imports(file):
+            library = name.partition(".")[0]
+            where = f"{file.relative_to(SRC)}:{line}"
+            if library in BANNED:
+                wrong.append(f"{where} imports {library}: an SDK belongs into a plugin")
+            elif library in RESERVED and part not in (*RESERVED[library], ASIDE):
+                wrong.append(f"{where} imports {library}, which is for {RESERVED[library]}")
+    assert wrong == []
 
 
 def test_recipes_know_only_the_public_face() -> None:

@@ -1,22 +1,24 @@
-"""The benchmarks run, on sizes of seconds: every candidate's output is checked, no figure is asserted."""
+"""The benchmarks run, on small sizes: every candidate's output is checked, no figure is asserted."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks.__main__ import CASES, bars, main, number, plain, table
 from benchmarks.archive import is_whole, make_piece
-from benchmarks.harness import Bar, Candidate, Case, WrongOutput, measure, run
+from benchmarks.harness import Bar, Candidate, Case, WrongOutput, measure, python, run
+from tests.benchmarks.warm import Warm, warm
 
 SIZES = {
     "engine": 300,
-    "landing": 1 << 20,
-    "lag": 1 << 20,
-    "decode": 1 << 20,
+    "landing": 1 << 18,
+    "lag": 4 << 20,  # some samples of each
+    "decode": 1 << 18,
     "sqs": 300,
     "stores": 12 << 20,
     "fan-in": 40,
@@ -26,17 +28,28 @@ SIZES = {
     "zip-member": 24 << 20,  # more than is proven in one step
     "zip-late": 20,
     "zip-many": 20,
-    "zip-resume": 16 << 20,
+    "zip-resume": 1 << 20,
     "channel-put": 300,
     "channel-read": 300,
 }
 
 
+#: It tells nothing unless its processes are fresh.
+FRESH = ("imports",)
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    with warm(tmp_path_factory.mktemp("warm")) as process:
+        yield process
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.name))
 def test_every_case_runs_and_checks_its_output(
-    case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str], forks: Warm
 ) -> None:
-    result = run(case, size=SIZES.get(case.name), rounds=1, scratch=tmp_path)
+    measured = measure if case.name in FRESH else forks.measure
+    result = run(case, size=SIZES.get(case.name), rounds=1, scratch=tmp_path, measured=measured)
     shown = table(result)
     for name, figures in result.medians().items():
         assert name in shown
@@ -64,6 +77,12 @@ def test_ratios_are_taken_within_a_round() -> None:
 def test_a_candidate_that_fails_is_an_error() -> None:
     with pytest.raises(WrongOutput, match="broken ended with 3"):
         measure(Candidate("broken", [sys.executable, "-c", "print('{}'); raise SystemExit(3)"]))
+
+
+def test_a_fork_that_fails_is_an_error_and_the_next_one_is_not(forks: Warm) -> None:
+    with pytest.raises(WrongOutput, match="broken ended with 1"):
+        forks.measure(Candidate("broken", python("imports", "no_such_module")))
+    assert forks.measure(Candidate("whole", python("imports", "aiohttp")))["modules"] == 0
 
 
 def test_the_archive_is_the_same_every_time(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def cut(pieces: list[bytes], *, limit: int, start: int = 0) -> list[Block]:
     limit=st.integers(1, 12),
     start=st.integers(0, 5),
 )
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_lines_do_not_depend_on_how_they_come(data: bytes, marks: list[int], limit: int, start: int) -> None:
     places = sorted({0, len(data), *(mark for mark in marks if mark < len(data))})
     pieces = [data[a:b] for a, b in pairwise(places)]

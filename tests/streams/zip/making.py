@@ -7,6 +7,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 import msgspec
 
@@ -41,8 +42,14 @@ class Made(msgspec.Struct):
     def body(self) -> bytes:
         if self.method != DEFLATE:
             return self.cipher or self.data
-        deflate = zlib.compressobj(6, zlib.DEFLATED, -15)
-        return deflate.compress(self.data) + deflate.flush()
+        return deflated(self.data)
+
+
+@lru_cache(maxsize=4)  # it is asked for by the header and by the directory, and members may be alike
+def deflated(data: bytes) -> bytes:
+    """`data` as a raw deflate stream."""
+    deflate = zlib.compressobj(6, zlib.DEFLATED, -15)
+    return deflate.compress(data) + deflate.flush()
 
 
 def local(made: Made) -> bytes:
