@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flowlane.streams import aggregate as module
 from flowlane.streams import kpl
 from flowlane.streams.aggregate import AROUND, EACH, pack
 from tests.aws_lambda.aggregate import aggregate
@@ -32,16 +33,19 @@ def test_the_format_is_the_librarys(records: list[tuple[str, bytes]]) -> None:
 
 
 @pytest.mark.parametrize("keys", [1, 127, 128, 129, 300])
-@pytest.mark.parametrize("size", [0, 1, 120, 123, 124, 127, 128, 16_379, 16_384])
-def test_numbers_of_one_byte_and_of_more(keys: int, size: int) -> None:
-    records = [(f"k{number % keys}", b"x" * size) for number in range(keys + 2)]
+@pytest.mark.parametrize("size", [0, 1, 120, 121, 122, 123, 124, 127, 128, 16_377, 16_378, 16_379, 16_384])
+@pytest.mark.parametrize("again", [0, 2])
+def test_numbers_of_one_byte_and_of_more(keys: int, size: int, again: int) -> None:
+    records = [(f"k{number % keys}", b"x" * size) for number in range(keys + again)]
     assert packed(records) == aggregate(*records)
 
 
-def test_more_keys_than_two_bytes_count() -> None:
-    records = [(f"{number}", b"") for number in range(0x4002)]
+@pytest.mark.parametrize("keys", [0x4000, 0x4001, 0x4002])
+def test_more_keys_than_two_bytes_count(keys: int) -> None:
+    records = [(f"{number}", b"") for number in range(keys)]
     assert [(one.key, one.data) for one in kpl.unpack(packed(records)) or ()] == records
     assert len(packed(records)) <= AROUND + sum(EACH + len(key) for key, _ in records)
+    assert len(module._NUMBERS) == 0x4000
 
 
 def test_a_library_of_awss_makes_the_same() -> None:

@@ -20,8 +20,9 @@ from flowlane_aws.backend import open_backend
 from flowlane_aws.bounded import Flights, owned_tasks
 from flowlane_aws.clients import open_client
 from flowlane_aws.kinesis import lines, parcels, producer
+from flowlane_aws.kinesis import ranges as ranges_module
 from flowlane_aws.kinesis.producer import AT_ONCE, HOT, RECORD_BYTES, TRIES, Producer
-from flowlane_aws.kinesis.ranges import Ranges, ranges_of
+from flowlane_aws.kinesis.ranges import Ranges, partition_key, ranges_of
 from tests.fault_proxy import Exchange, Fault, FaultProxy, changed, lost_reply
 
 SHARDS = 4
@@ -134,7 +135,7 @@ def records(count: int, keys: int, start: int = 0, size: int = 20) -> list[Chann
 def by_key(records: Sequence[ChannelRecord]) -> dict[str, list[bytes]]:
     found: dict[str, list[bytes]] = {}
     for record in records:
-        found.setdefault(parcels.partition_key(record.key), []).append(record.data)
+        found.setdefault(partition_key(record.key), []).append(record.data)
     return found
 
 
@@ -298,7 +299,7 @@ async def test_a_put_that_is_cancelled_leaves_nothing_running(stream: Stream) ->
 async def test_the_loop_goes_on_while_much_is_put(stream: Stream) -> None:
     """Whatever the machine is at: between two turns of the loop no more than a slice is worked at."""
     worked: list[int] = []
-    turns = 0
+    turns = added = 0
 
     async def turning() -> None:
         nonlocal turns
@@ -308,8 +309,15 @@ async def test_the_loop_goes_on_while_much_is_put(stream: Stream) -> None:
 
     class Noting(parcels.Packs):
         def add(self, records: Sequence[ChannelRecord]) -> None:
+            nonlocal added
+            added += 1
             worked.append(turns)
             super().add(records)
+
+        def prepare(self) -> bool:
+            some = super().prepare()
+            worked.extend([turns] * some)
+            return some
 
     plan = Noting(0, await ranges_of(stream.client, "changes"), RECORD_BYTES)
     put = records(20_000, keys=500, size=200)
@@ -317,17 +325,57 @@ async def test_the_loop_goes_on_while_much_is_put(stream: Stream) -> None:
     async with owned_tasks() as group, Flights[Any](group) as flights:
         await stream.producer._carry(put, plan, flights)
     ticking.cancel()
-    assert len(worked) == len(set(worked)) == 10
+    assert added == 10
+    assert len(worked) == len(set(worked)) > added
     assert await stream.read() == by_key(put)
 
 
+WHOLE = {"HashKeyRange": {"StartingHashKey": "0", "EndingHashKey": str((1 << 128) - 1)}}
+ONE = Ranges([{"ShardId": "one", **WHOLE, "SequenceNumberRange": {"StartingSequenceNumber": "1"}}])
+
+
+def test_no_more_than_a_call_is_put_together_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large the records are of which a slice is given."""
+    sizes: list[int] = []
+
+    def noting(keys: Sequence[str], data: Sequence[bytes]) -> bytes:
+        sizes.append(sum(map(len, data)))
+        return pack(keys, data)
+
+    monkeypatch.setattr(parcels, "pack", noting)
+    plan = parcels.Packs(2000, ONE, RECORD_BYTES)
+    plan.add(records(2000, keys=500, size=10_000))
+    assert not sizes
+    while plan.prepare() or plan.flush():
+        assert sum(sizes) <= 4 * parcels.PACK_BYTES + parcels.PACK_BYTES
+        sizes.clear()
+    assert len(plan.lines.drain()["one"]) > 100
+
+
+def test_what_a_failed_put_was_at_is_not_in_another_one() -> None:
+    one = ChannelRecord("k", b"")
+    with pytest.raises(AttributeError):
+        ONE.split([one, cast(ChannelRecord, None)])
+    assert ONE.split([one]) == [[one]]
+
+
+def test_keys_that_are_kept_in_mind_are_few_and_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranges_module, "_KEYS", 10)
+    few = Ranges([{"ShardId": "one", **WHOLE, "SequenceNumberRange": {"StartingSequenceNumber": "1"}}])
+    put = [ChannelRecord(f"k{number}", b"") for number in range(9)]
+    odd = [ChannelRecord("x" * 257, b""), ChannelRecord("", b""), ChannelRecord("\ud800", b"")]
+    assert few.split([*put, *odd])[0][:9] == put
+    assert max(map(len, few._boxes)) == 64  # what the odd ones are put under
+    assert [len(some) for some in few.split(records(100, keys=100))] == [100]
+    assert len(few._boxes) <= 10
+
+
 def test_closed_shards_take_nothing_and_hold_what_they_held() -> None:
-    whole = {"HashKeyRange": {"StartingHashKey": "0", "EndingHashKey": str((1 << 128) - 1)}}
     closed = {"SequenceNumberRange": {"StartingSequenceNumber": "1", "EndingSequenceNumber": "2"}}
     taking = {"SequenceNumberRange": {"StartingSequenceNumber": "3"}}
-    ranges = Ranges([{"ShardId": "old", **whole, **closed}, {"ShardId": "new", **whole, **taking}])
+    ranges = Ranges([{"ShardId": "old", **WHOLE, **closed}, {"ShardId": "new", **WHOLE, **taking}])
     assert ranges.open == [("new", "0")]
-    assert ranges.places["k"] == 0
+    assert ranges.split([one := ChannelRecord("k", b"")]) == [[one]]
     assert (ranges.holds("old", "k"), ranges.holds("new", "k"), ranges.holds("gone", "k")) == (
         True,
         True,
@@ -383,6 +431,14 @@ async def test_large_records_go_between_the_small_ones_in_order(stream: Stream) 
     assert await stream.read() == by_key(put)
     assert len(stream.raw) == 7
     assert max(size for _, size in stream.raw) <= RECORD_BYTES - 2
+
+
+async def test_what_a_key_takes_in_bytes_counts(stream: Stream) -> None:
+    key = "é" * 200
+    put = [ChannelRecord(key, b"x" * (RECORD_BYTES - 2 * len(key) - 10))]
+    await stream.producer.put(put)
+    assert await stream.read() == by_key(put)
+    assert [size for _, size in stream.raw] == [len(put[0].data)]
 
 
 @pytest.mark.parametrize("aggregate", [True, False])

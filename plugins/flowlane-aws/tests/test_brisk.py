@@ -112,7 +112,7 @@ async def test_requests_are_told_apart_by_nothing_that_matters(ministack: str) -
         url = (await slow.create_queue(QueueName="brisk-heads"))["QueueUrl"]
         proxy.inject("sqs.SendMessageBatch", keep, times=-1)
         for client in (slow, quick):
-            for body in ("short", "x" * (PIECE + 1)):  # in pieces, and not without saying how many bytes
+            for body in ("short", "x" * PIECE):  # with JSON around it in pieces, and saying how many bytes
                 await client.send_message_batch(QueueUrl=url, Entries=[{"Id": "0", "MessageBody": body}])
     lengths = [int(head.pop("content-length")) for head in heads]
     assert all(lengths)

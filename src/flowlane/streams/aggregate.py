@@ -3,9 +3,8 @@ format."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import md5
-from itertools import chain, repeat
 from operator import add
 from typing import Final
 
@@ -17,28 +16,59 @@ AROUND: Final = len(MAGIC) + 16
 EACH: Final = 18
 #: Numbers that are kept in mind, at most.
 _MOST: Final = 1 << 14
+#: The first key's number that takes two bytes, as ``_MOST`` is the first that takes three.
+_LONGER: Final = 1 << 7
+#: Pieces that are joined at once: Python keeps 80 bytes about each meanwhile, and all of them fill a cache.
+_JOINED: Final = 256
 
 
 def pack(keys: Sequence[str], data: Sequence[bytes]) -> bytes:
     """One record's data that holds all of `data`, each under the partition key at its place in `keys`, in
-    order. Each key is in it once. Takes about 1 us for a record of 200 bytes: bound what is packed at once.
+    order. Each key is in it once. Takes about 0.6 us for a record of 200 bytes, half of it for the digest:
+    bound what is packed at once.
 
     Raises:
         UnicodeEncodeError: a key is no text that UTF-8 can hold.
     """
     table = dict.fromkeys(keys)
     names = [key.encode() for key in table]
-    # Maps, none of which runs any Python for what is known: less time than a loop takes.
-    entries = zip(repeat(b"\x0a"), map(_VARINTS.__getitem__, map(len, names)), names)
-    number_of = dict(zip(table, map(_NUMBERS.__getitem__, range(len(table))), strict=True))
-    numbers = list(map(number_of.__getitem__, keys))
-    sizes = list(map(len, data))
-    lengths = list(map(_VARINTS.__getitem__, sizes))
-    around = map(add, map(len, numbers), map(len, lengths))
-    wholes = map(_VARINTS.__getitem__, map(add, around, sizes))
-    records = zip(repeat(b"\x1a"), wholes, numbers, lengths, data)
-    message = b"".join([*chain.from_iterable(entries), *chain.from_iterable(records)])
-    return b"".join((MAGIC, message, md5(message, usedforsecurity=False).digest()))
+    # Maps and slices, none of which runs any Python for what is known: half the time that a loop takes.
+    entries = [b""] * (2 * len(names))
+    entries[0::2] = map(_NAMES.__getitem__, map(len, names))
+    entries[1::2] = names
+    sizes = [*map(len, data)]
+    numbers = _first(len(names))
+    records = [b""] * (4 * len(sizes))
+    if len(names) == len(sizes) <= _MOST:
+        records[0::4] = [*map(_SHORT.__getitem__, sizes[:_LONGER]), *map(_LONG.__getitem__, sizes[_LONGER:])]
+    else:
+        numbers = [*map(dict(zip(table, numbers, strict=True)).__getitem__, keys)]
+        around = map(add, map(len, numbers), map(len, map(_LENGTHS.__getitem__, sizes)))
+        records[0::4] = map(_WHOLES.__getitem__, map(add, around, sizes))
+    records[1::4] = numbers
+    records[2::4] = map(_LENGTHS.__getitem__, sizes)
+    records[3::4] = data
+    chunks = [*_joined(entries), *_joined(records)]
+    digest = md5(usedforsecurity=False)
+    for chunk in chunks:
+        digest.update(chunk)
+    return b"".join((MAGIC, *chunks, digest.digest()))
+
+
+def _joined(pieces: Sequence[bytes]) -> Iterable[bytes]:
+    return (b"".join(pieces[at : at + _JOINED]) for at in range(0, len(pieces), _JOINED))
+
+
+def _first(count: int) -> list[bytes]:
+    """The fields of the keys' numbers of the first `count` keys."""
+    while len(_NUMBERS) < min(count, _MOST):
+        _NUMBERS.append(_number(len(_NUMBERS)))
+    return _NUMBERS[:count] + [_number(each) for each in range(len(_NUMBERS), count)]
+
+
+def _number(number: int) -> bytes:
+    """A record's field of its key's number."""
+    return b"\x08" + _varint(number)
 
 
 def _varint(value: int) -> bytes:
@@ -65,6 +95,11 @@ class _Known(dict[int, bytes]):
         return made
 
 
-_VARINTS: Final = _Known(_varint)
-#: A record's field of its key's number, and the tag of the data that follows it.
-_NUMBERS: Final = _Known(lambda number: b"\x08" + _varint(number) + b"\x1a")
+_NUMBERS: Final[list[bytes]] = []
+#: By the size of what follows: its tag and its length. Of keys, of data, and of whole records.
+_NAMES: Final = _Known(lambda size: b"\x0a" + _varint(size))
+_LENGTHS: Final = _Known(lambda size: b"\x1a" + _varint(size))
+_WHOLES: Final = _LENGTHS
+#: The same of whole records by the size of their data, where the key's number takes one byte, and two.
+_SHORT: Final = _Known(lambda size: _WHOLES[2 + len(_LENGTHS[size]) + size])
+_LONG: Final = _Known(lambda size: _WHOLES[3 + len(_LENGTHS[size]) + size])

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from typing import Any, Final
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, chain
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from flowlane.ports import ChannelRecord
 from flowlane.streams import kpl
-from flowlane.streams.aggregate import AROUND, EACH, pack
+from flowlane.streams.aggregate import EACH, pack
 from flowlane_aws.kinesis.lines import Lines, Parcel
-from flowlane_aws.kinesis.ranges import Ranges
+from flowlane_aws.kinesis.ranges import Ranges, partition_key
 
 #: Bytes of data and keys in one call, at most, unless a single record is larger. AWS takes ten times as much;
 #: encoding, hashing and signing that would hold the loop for too long, and one shard takes this per second.
@@ -20,9 +22,9 @@ CALL_BYTES: Final = 1 << 20
 #: Bytes that are put together, at most: six of the units that PutRecords is billed by. More save no CPU to
 #: speak of; a third of it, which is what the library has by default, takes more (``benchmarks/channel.py``).
 PACK_BYTES: Final = 150 << 10
-#: The same in one call of what is put together: four full ones.
+#: The same in one call of what is put together: four full ones. As much is put together between two turns of
+#: the loop, which takes some 2 ms.
 _CALL_PACKED: Final = 4 * PACK_BYTES
-_KEY_UNITS: Final = 256  # UTF-16 units in a partition key, at most
 #: The partition key of aggregates, as of the Kinesis Producer Library's: it says nothing, the hash key does.
 _PACKED: Final = "a"
 
@@ -42,13 +44,16 @@ class Singles:
         """They come behind what was added before."""
         add = self.lines.add
         for record in records:
-            key = record.key
-            if not (key.isascii() and 0 < len(key) <= _KEY_UNITS):
-                key = partition_key(key)
+            key = partition_key(record.key)
             add(Parcel(key, single(record, key), (record,), len(record.data) + len(key)))
 
-    def flush(self) -> None:
+    def prepare(self) -> bool:
+        """They are ready as they are."""
+        return False
+
+    def flush(self) -> bool:
         """Nothing is kept back."""
+        return False
 
     def stored(self, parcel: Parcel, shard: str) -> None:
         """It is, in `shard`."""
@@ -57,12 +62,49 @@ class Singles:
 
 
 class _Pile(msgspec.Struct, eq=False, gc=False):
-    """Records of one shard that are to be put together, and the bytes that makes, about."""
+    """Records of a shard that are kept back until there are more of them. ``ends``: where each one's bytes
+    end, about, counted from the first that ever came; ``base``: where those of the first begin."""
 
     shard: str
     start: str
     records: list[ChannelRecord]
-    size: int = 0
+    ends: list[int]
+    base: int = 0
+
+    def add(self, some: Sequence[ChannelRecord]) -> None:
+        """They come on top; there are some."""
+        sizes = [len(record.key) + len(record.data) + EACH for record in some]
+        sizes[0] += self.ends[-1] if self.ends else self.base
+        self.ends += accumulate(sizes)
+        self.records += some
+
+    def full(self) -> Iterator[_Load]:
+        """What is kept back no longer, as there is more: each load as large as may be."""
+        at = 0
+        while at + 1 < len(self.ends) and self.ends[-1] > (most := self.base + PACK_BYTES):
+            end = max(at + 1, bisect_right(self.ends, most, at))
+            yield self._load(at, end)
+            at, self.base = end, self.ends[end - 1]
+        del self.records[:at], self.ends[:at]
+
+    def rest(self) -> Iterator[_Load]:
+        """What is left."""
+        if self.records:
+            yield self._load(0, len(self.records))
+            self.base = self.ends[-1]
+            self.records, self.ends = [], []
+
+    def _load(self, at: int, end: int) -> _Load:
+        return _Load(self.shard, self.start, self.records[at:end], self.ends[end - 1] - self.base)
+
+
+class _Load(NamedTuple):
+    """Records of a shard that are to be put together, which makes about `size` bytes."""
+
+    shard: str
+    start: str
+    records: Sequence[ChannelRecord]
+    size: int
 
 
 class Packs:
@@ -89,39 +131,37 @@ class Packs:
         self.lines = Lines(_CALL_PACKED)
         self.stale = False  #: whether the stream has other shards by now; then nothing more is to be taken
         self._ranges = ranges
-        self._piles = [_Pile(shard, start, []) for shard, start in ranges.open]
+        self._piles = [_Pile(shard, start, [], []) for shard, start in ranges.open]
+        self._loads: deque[_Load] = deque()
         self._astray: list[tuple[Parcel, str]] = []
 
     def add(self, records: Sequence[ChannelRecord]) -> None:
         """They come behind what was added before. Some are kept back, until there are more of their shard."""
-        piles, places = self._piles, self._ranges.places
-        for record in records:
-            key = record.key
-            if not (key.isascii() and 0 < len(key) <= _KEY_UNITS):
-                key = partition_key(key)
-                record = ChannelRecord(key, record.data)  # noqa: PLW2901  # the same under another name
-            pile = piles[places[key]]
-            size = len(record.data) + len(key) + EACH
-            if size + pile.size > PACK_BYTES:
-                self._close(pile)
-            pile.records.append(record)
-            pile.size += size
+        for pile, some in zip(self._piles, self._ranges.split(records), strict=True):
+            if some:
+                pile.add(some)
+                self._loads += pile.full()
 
-    def flush(self) -> None:
-        """Nothing is kept back any longer."""
+    def flush(self) -> bool:
+        """Nothing is kept back any longer; whether something was."""
         for pile in self._piles:
-            self._close(pile)
+            self._loads += pile.rest()
+        return bool(self._loads)
 
-    def _close(self, pile: _Pile) -> None:
-        if pile.records:
-            self.lines.add(Parcel(pile.shard, self._entry(pile), pile.records, pile.size))
-            pile.records, pile.size = [], 0
+    def prepare(self) -> bool:
+        """Some of what is not kept back is put together, a call's worth; whether there was any."""
+        size = 0
+        while self._loads and size < _CALL_PACKED:
+            load = self._loads.popleft()
+            size += load.size
+            self.lines.add(Parcel(load.shard, self._entry(load), load.records, load.size))
+        return size > 0
 
-    def _entry(self, pile: _Pile) -> Entry:
-        if len(pile.records) == 1 and pile.size + AROUND + len(_PACKED) > self._largest:
-            return single(pile.records[0], pile.records[0].key)
-        packed = pack([record.key for record in pile.records], [record.data for record in pile.records])
-        return {"Data": packed, "PartitionKey": _PACKED, "ExplicitHashKey": pile.start}
+    def _entry(self, load: _Load) -> Entry:
+        packed = pack([record.key for record in load.records], [record.data for record in load.records])
+        if len(load.records) == 1 and len(packed) + len(_PACKED) > self._largest:
+            return single(load.records[0], load.records[0].key)
+        return {"Data": packed, "PartitionKey": _PACKED, "ExplicitHashKey": load.start}
 
     def stored(self, parcel: Parcel, shard: str) -> None:
         """It is, in `shard`."""
@@ -141,12 +181,15 @@ class Packs:
                 self.left -= len(parcel.records)
             else:
                 again[parcel.line] = parcel.records
-        waiting, piles = self.lines.drain(), self._piles
+        waiting, loads, piles = self.lines.drain(), self._loads, self._piles
         self._set_out(ranges)
+        for records in again.values():
+            self.add(records)
+        for parcel in chain.from_iterable(waiting.values()):
+            self.add(parcel.records)
+        for load in loads:
+            self.add(load.records)
         for pile in piles:
-            self.add(again.get(pile.shard, ()))
-            for parcel in waiting.get(pile.shard, ()):
-                self.add(parcel.records)
             self.add(pile.records)
 
 
@@ -157,13 +200,3 @@ def single(record: ChannelRecord, key: str) -> Entry:
     if data.startswith(kpl.MAGIC) and kpl.unpack(data) is not None:
         data = pack([key], [data])
     return {"Data": data, "PartitionKey": key}
-
-
-def partition_key(key: str) -> str:
-    """`key` as Kinesis takes it: itself, or its SHA-256 where it is empty, too long or no text."""
-    try:
-        if 0 < len(key.encode("utf-16-le")) <= 2 * _KEY_UNITS:
-            return key
-    except UnicodeEncodeError:
-        pass  # a lone surrogate
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()

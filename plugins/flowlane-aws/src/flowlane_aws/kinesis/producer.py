@@ -18,8 +18,8 @@ from flowlane.ports import ChannelRecord
 from flowlane_aws.bounded import Flights, owned_tasks
 from flowlane_aws.clients import asking, code_of
 from flowlane_aws.kinesis.lines import Parcel
-from flowlane_aws.kinesis.parcels import Entry, Packs, Singles, partition_key, single
-from flowlane_aws.kinesis.ranges import Ranges, ranges_of
+from flowlane_aws.kinesis.parcels import Entry, Packs, Singles, single
+from flowlane_aws.kinesis.ranges import Ranges, partition_key, ranges_of
 
 #: The calls that are worth the short way (``brisk``).
 HOT: Final = ("PutRecords",)
@@ -135,11 +135,11 @@ class Producer:
                 self._launch(plan, flights)
             if plan.lines.enough:
                 break
-            some = next(slices, None)
-            if some is None:
-                plan.flush()
-                break
-            plan.add(some)
+            if not plan.prepare():
+                if (some := next(slices, None)) is not None:
+                    plan.add(some)
+                elif not plan.flush():
+                    break
             await self._clock.sleep(0)
         if not flights and not plan.stale:
             self._launch(plan, flights)

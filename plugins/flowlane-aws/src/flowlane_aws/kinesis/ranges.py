@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from hashlib import md5
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import md5, sha256
 from typing import Any, Final, NamedTuple
 
 from botocore.exceptions import ClientError
 
 from flowlane.errors import Retryable
+from flowlane.ports import ChannelRecord
 from flowlane_aws.clients import asking, code_of
 
 #: Keys whose shard is kept in mind, at most.
 _KEYS: Final = 1 << 16
+_KEY_UNITS: Final = 256  # UTF-16 units in a partition key, at most
 #: Codes of ListShards for what passes: the stream is being made, or the shards changed between two pages.
 _PASSING: Final = frozenset({"ExpiredNextTokenException", "ResourceInUseException"})
 
@@ -40,8 +42,18 @@ class Ranges:
                 taking.append((start, Range(shard["ShardId"], of["StartingHashKey"])))
         taking.sort()
         self.open = [range_ for _, range_ in taking]
-        #: By any partition key, the place in ``open`` of the shard that takes what has it.
-        self.places: Mapping[str, int] = _Places([start for start, _ in taking])
+        self._boxes = _Boxes([start for start, _ in taking])
+
+    def split(self, records: Sequence[ChannelRecord]) -> list[list[ChannelRecord]]:
+        """For each shard of ``open`` those of `records` that it takes, in order, each under the partition key
+        that it gets."""
+        boxes = self._boxes
+        try:
+            for record in records:
+                boxes[record.key](record)
+        finally:
+            found = boxes.emptied()  # whatever happens: the next ones are somebody else's
+        return found
 
     def holds(self, shard: str, key: str) -> bool:
         """Whether records with this partition key belong into `shard`, open or not; no, if it is unknown."""
@@ -49,18 +61,46 @@ class Ranges:
         return start <= _hash_of(key) <= end
 
 
-class _Places(dict[str, int]):
-    """Worked out when first asked for: that takes 1 us, and to look it up again 50 ns."""
+class _Boxes(dict[str, Callable[[ChannelRecord], None]]):
+    """A box for each shard, by the keys of what it takes. Which one that is takes 1 us to work out when a key
+    is first met, and 50 ns later on."""
 
     def __init__(self, starts: Sequence[bytes]) -> None:
         super().__init__()
         self._starts = starts
+        self._boxes: list[list[ChannelRecord]] = [[] for _ in starts]
 
-    def __missing__(self, key: str) -> int:
+    def __missing__(self, key: str) -> Callable[[ChannelRecord], None]:
+        if partition_key(key) != key:
+            return self._renamed
         if len(self) >= _KEYS:
             self.clear()
-        self[key] = place = max(0, bisect_right(self._starts, _hash_of(key)) - 1)
-        return place
+        place = max(0, bisect_right(self._starts, _hash_of(key)) - 1)
+        self[key] = put = self._boxes[place].append
+        return put
+
+    def _renamed(self, record: ChannelRecord) -> None:
+        key = partition_key(record.key)
+        self[key](ChannelRecord(key, record.data))
+
+    def emptied(self) -> list[list[ChannelRecord]]:
+        """What was in the boxes, which stay where they are."""
+        found = [box.copy() for box in self._boxes]
+        for box in self._boxes:
+            box.clear()
+        return found
+
+
+def partition_key(key: str) -> str:
+    """`key` as Kinesis takes it: itself, or its SHA-256 where it is empty, too long or no text."""
+    if key.isascii() and 0 < len(key) <= _KEY_UNITS:
+        return key
+    try:
+        if 0 < len(key.encode("utf-16-le")) <= 2 * _KEY_UNITS:
+            return key
+    except UnicodeEncodeError:
+        pass  # a lone surrogate
+    return sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 async def ranges_of(client: Any, stream: str) -> Ranges:
