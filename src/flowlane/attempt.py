@@ -53,6 +53,7 @@ _MAX_STEP_RESULT = 64 * 1024
 #: What the log is asked to hold of a unit's state while it goes on: its end, with its reason, must fit too.
 _MAX_PROGRESS = events.MAX_EVENT_BYTES - 16 * 1024
 _NO_COUNTS = Counts()
+_NO_STEPS: frozenset[str] = frozenset()
 _ONE_CHILD = msgspec.Raw(b'{"children":1}')
 #: "again": as "retried" or "continued", with the delivery that is there, which was given back for it.
 Outcome = Literal["settled", "dead", "retried", "continued", "again", "conflict", "released", "failed"]
@@ -61,30 +62,6 @@ Terminal = Literal["unit.settled", "unit.skipped", "unit.superseded", "unit.dead
 
 class Attempt:
     """One handling of one delivery; the handler sees it as its ``Context``."""
-
-    # Defaults of the class: most attempts are short, and most of these are never set.
-    started = False
-    lost = False
-    moved = False
-    waiting = False  #: see ``waits``
-    began = 0.0
-    doing = ""  #: what a long effect is at before it reaches a safe point, for whoever ends it there
-    again = -1.0  #: seconds for which the delivery is given back, once the last commit is through
-    kind: Terminal = "unit.settled"
-    final: Event | None = None
-    #: Not a closure: it would hold the attempt, and each would wait for the garbage collector.
-    ending: tuple[Terminal, str] | tuple[str, float, str] = ("unit.settled", "")
-    outcome: Outcome = "released"
-    beating: tuple[Event, asyncio.Future[Committed | VersionConflict]] | None = None
-    _progress: Progress | None = None
-    _findings: Findings | None = None
-    _ordinal = 0
-    _logged = events.EMPTY
-    _logged_at = 0.0
-    _busy = False
-    unsure: Event | None = None  #: handed to the log, and nobody said what became of it
-    _turn: asyncio.Lock | None = None
-    _stepped: frozenset[str] = frozenset()  #: the steps that the handler has had an answer from
 
     def __init__(
         self, engine: Engine, handling: Handling, delivery: Delivery, origin: Event, deadline: Deadline
@@ -97,6 +74,29 @@ class Attempt:
         self.event = origin
         self.version = origin.version
         self.deadline = deadline
+        # No defaults of the class: each look at one that no instance has set costs several times as much.
+        self.started = False
+        self.lost = False
+        self.moved = False
+        self.waiting = False  #: see ``waits``
+        self.began = 0.0
+        self.doing = ""  #: what a long effect is at before it reaches a safe point, for whoever ends it there
+        self.again = -1.0  #: seconds for which the delivery is given back, once the last commit is through
+        self.kind: Terminal = "unit.settled"
+        self.final: Event | None = None
+        #: Not a closure: it would hold the attempt, and each would wait for the garbage collector.
+        self.ending: tuple[Terminal, str] | tuple[str, float, str] = ("unit.settled", "")
+        self.outcome: Outcome = "released"
+        self.beating: tuple[Event, asyncio.Future[Committed | VersionConflict]] | None = None
+        self.unsure: Event | None = None  #: handed to the log, and nobody said what became of it
+        self._progress: Progress | None = None
+        self._findings: Findings | None = None
+        self._ordinal = 0
+        self._logged = events.EMPTY
+        self._logged_at = 0.0
+        self._busy = False
+        self._turn: asyncio.Lock | None = None
+        self._stepped = _NO_STEPS  #: the steps that the handler has had an answer from
 
     # ------------------------------------------------------------------ what it stands for
 
@@ -343,7 +343,7 @@ class Attempt:
         self.ending = (kind, reason)
         if self._progress is None and kind == events.UNIT_SETTLED and self.origin.version == 1:
             # What its progress would be, and its tally, without making them for each of many small units.
-            found = len(self._findings.children) if self._findings else 0
+            found = 0 if self._findings is None else len(self._findings.children)
             self.final = own = self.make(
                 kind, _ONE_CHILD if found == 1 else {"children": found} if found else None
             )

@@ -37,7 +37,7 @@ from flowlane.ports import (
     Delivery,
 )
 from flowlane.state import status
-from flowlane.turns import WAITS, Turns
+from flowlane.turns import Turns
 from flowlane.veil import conceal
 
 if TYPE_CHECKING:
@@ -275,7 +275,6 @@ class Engine:
             attempt.event = handling.typed(first)
             entered = entered or self._enter(head.subject)
             slot.attempt = attempt
-            WAITS.set(attempt.waits)
             if handling.generator:
                 await self._discover(handling, attempt)
             elif (result := await handling.handler(attempt.event, attempt)) is not None:
@@ -352,8 +351,9 @@ class Engine:
                     await attempt.flush()
                     if attempt.near_deadline():
                         raise Interrupted(f"{attempt.progress.children:,} units registered so far")
-        finally:
+        except BaseException:
             await found.aclose()
+            raise
 
     # ------------------------------------------------------------------ when it goes wrong
 

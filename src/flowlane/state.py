@@ -179,10 +179,12 @@ def failure(head: Event) -> str:
 def index(head: Event) -> Literal["open", "dead"] | None:
     """Which index of the log the stream of `head` belongs into: ``open`` while somebody still owes it work,
     ``dead`` while it waits for a redrive, none otherwise. Facts (which no stage is owed) are in none."""
-    if head.type in _STATUS or head.type == events.RUN_COMPLETED:
+    now = _STATUS.get(head.type)
+    if now is None and head.type != events.RUN_COMPLETED:
+        return "open" if head.stage else None
+    if now is None or head.subject == head.run:
         now = status(head)
-        return "open" if now == "closed" else "dead" if now == "dead" else None
-    return "open" if head.stage else None
+    return "open" if now == "closed" else "dead" if now == "dead" else None
 
 
 def fold(stream: Iterable[Event]) -> tuple[Status, Progress]:

@@ -341,3 +341,21 @@ async def test_a_state_that_nearly_fills_an_event_leaves_room_for_its_end(bench:
 
     reason = only(await bench.run(lane_of(load)))
     assert reason == "\x01" * 1000
+
+
+@virtual
+async def test_a_finder_that_is_broken_off_has_cleaned_up_before_its_end_is_logged(bench: Bench) -> None:
+    lane = Lane("toy", policy=QUICK)
+    seen: list[list[str]] = []
+
+    @lane.stage(on=lane.triggered)
+    async def find(event: Event, ctx: Context) -> AsyncIterator[Any]:
+        try:
+            yield "no unit"
+        finally:
+            await asyncio.sleep(0.5)
+            seen.append(await bench.types("toy/run/1"))
+
+    await bench.run(lane)
+    assert seen == [["lane.triggered"]]
+    assert (await bench.types("toy/run/1"))[1] == "unit.dead"

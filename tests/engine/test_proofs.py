@@ -12,12 +12,15 @@ import pytest
 from msgspec.structs import replace
 
 from flowlane import Context, Event, landing
+from flowlane.archive import FIRST_READ
 from flowlane.state import progress
 from flowlane.testing.stores import Page
 from tests.engine.test_engine import Bench, lane_of, only, virtual
 
 URL = "web://somebody:secret@host/a.zip"
 ROWS = 30_000
+BLOCK = 16 << 10
+OPENING = FIRST_READ / BLOCK  #: seconds until an archive's directory is there, at a block a second
 
 
 def publish(bench: Bench, pause: float) -> int:
@@ -28,7 +31,7 @@ def publish(bench: Bench, pause: float) -> int:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as opened:
             opened.writestr("a.csv", rows)
         data = file.getvalue()
-    bench.world.web.publish(URL, Page(data=data, pause=pause, block=16 << 10))
+    bench.world.web.publish(URL, Page(data=data, pause=pause, block=BLOCK))
     return len(data)
 
 
@@ -46,13 +49,13 @@ async def test_a_proof_comes_first_and_once(bench: Bench) -> None:
     """A load that takes several continuations is proven by the first of them."""
     size = publish(bench, 1.0)
     lane = lane_of(loading(), timeout=500.0)
-    whole = size / (16 << 10)
-    report = await bench.run(lane, deadline=bench.in_seconds(whole * 1.7), sound=False)
+    whole = size / BLOCK
+    report = await bench.run(lane, deadline=bench.in_seconds(OPENING + whole * 1.7), sound=False)
     assert report.units["settled"] == 0
     types = await bench.types("toy/thing/1")
     assert types.count("split.proven") == 1
     assert types.index("split.proven") < types.index("batch.written")
-    report = await bench.run(lane, deadline=bench.in_seconds(whole * 3))
+    report = await bench.run(lane, deadline=bench.in_seconds(OPENING + whole * 3))
     assert (report.outcome, report.records["out"]) == ("settled", ROWS)
     types = await bench.types("toy/thing/1")
     assert types.count("split.proven") == 1
@@ -77,8 +80,8 @@ async def test_a_proof_that_needs_longer_than_there_is(bench: Bench) -> None:
     size = publish(bench, 1.0)
     lane = lane_of(loading(), timeout=500.0)
     for _ in range(3):
-        await bench.run(lane, deadline=bench.in_seconds(size / (16 << 10) * 0.8), sound=False)
-    report = await bench.run(lane, deadline=bench.in_seconds(size / (16 << 10) * 0.8), sound=False)
+        await bench.run(lane, deadline=bench.in_seconds(OPENING + size / BLOCK * 0.8), sound=False)
+    report = await bench.run(lane, deadline=bench.in_seconds(OPENING + size / BLOCK * 0.8), sound=False)
     reason = only(report)
     assert "no progress in 3 continuations in a row: the proof of web://host/a.zip had come to" in reason
     assert 'give it more time, or verify="stream"' in reason
@@ -90,12 +93,12 @@ async def test_a_proof_that_needs_longer_than_there_is(bench: Bench) -> None:
 async def test_passing_over_that_needs_longer_than_there_is(bench: Bench) -> None:
     size = publish(bench, 1.0)
     lane = lane_of(loading(verify="stream"), timeout=500.0)
-    whole = size / (16 << 10)
-    await bench.run(lane, deadline=bench.in_seconds(whole + 5, 1.0), sound=False)
+    whole = size / BLOCK
+    await bench.run(lane, deadline=bench.in_seconds(whole * 0.9, 1.0), sound=False)
     assert "batch.written" in await bench.types("toy/thing/1")
     for _ in range(3):
-        await bench.run(lane, deadline=bench.in_seconds(whole * 0.2, 2.0), sound=False)
-    report = await bench.run(lane, deadline=bench.in_seconds(whole * 0.2, 2.0), sound=False)
+        await bench.run(lane, deadline=bench.in_seconds(OPENING + whole * 0.2, 2.0), sound=False)
+    report = await bench.run(lane, deadline=bench.in_seconds(OPENING + whole * 0.2, 2.0), sound=False)
     reason = only(report)
     assert "no progress in 3 continuations in a row" in reason
     assert "bytes of web://host/a.zip that were loaded before were still being passed over" in reason

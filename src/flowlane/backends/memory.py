@@ -72,8 +72,18 @@ class _Stream(msgspec.Struct, eq=False, gc=False):
     One that only the queue knows (a delivery of an event that was never appended) has no events.
     """
 
-    events: Sequence[Event] = ()  # see _SHORT
+    events: tuple[Event, ...] | list[Event] = ()  # see _SHORT
     queued: int = 0
+
+
+class _Message(msgspec.Struct, frozen=True, eq=False, gc=False):
+    """What waits in a queue: an event, its stream, and how often it was received already. Not a tuple: of
+    those, too, there are as many as units, and the garbage collector would come for them."""
+
+    event: Event
+    stream: _Stream
+    attempt: int
+    group: str
 
 
 class _Delivery(msgspec.Struct, eq=False, gc=False):
@@ -112,16 +122,15 @@ class _Queue:
     __slots__ = ("behind", "delayed", "ready")
 
     def __init__(self) -> None:
-        self.ready: deque[tuple[Event, int, str]] = deque()
-        self.delayed: list[tuple[float, int, Event, int, str]] = []
+        self.ready: deque[_Message] = deque()
+        self.delayed: list[tuple[float, int, _Message]] = []
         self.behind: dict[str, deque[tuple[Event, float]]] = {}
 
     def promote(self, now: float) -> None:
         """What is due by `now` is ready."""
         delayed = self.delayed
         while delayed and delayed[0][0] <= now:
-            _, _, event, attempt, group = heappop(delayed)
-            self.ready.append((event, attempt, group))
+            self.ready.append(heappop(delayed)[2])
 
 
 class _Lane:
@@ -151,8 +160,10 @@ class _Round:
         stage = self.tally.stages.get(tally.stage)
         if stage is None:
             stage = self.tally.stages[tally.stage] = StageTally()
-        stage.found += tally.found
-        stage.settled += tally.settled
+        if tally.found:
+            stage.found += tally.found
+        if tally.settled:
+            stage.settled += tally.settled
         self.unsettled += tally.found - tally.settled
         if tally.dead:
             stage.dead += tally.dead
@@ -189,11 +200,12 @@ class MemoryBackend:
     async def commit(self, work: Sequence[Commit]) -> Sequence[Committed | VersionConflict]:
         fit = checked(work)
         puts: dict[int, Sequence[_Put]] = {}
-        if any(publish.via == "channel" for commit in fit for publish in commit.publish):
+        ways = [publish.via for commit in fit for publish in commit.publish]
+        if "channel" in ways:
             puts = {n: _puts(commit) for n, commit in enumerate(fit)}  # before any is applied
         self._expire()
         answers = [self._apply(commit, puts.get(n, ())) for n, commit in enumerate(fit)]
-        if any(commit.publish for commit in fit):
+        if ways:
             self._news()
         for n, ack in [(n, c.ack) for n, c in enumerate(fit) if c.ack and type(c.ack) is not _Delivery]:
             if type(answers[n]) is Committed:
@@ -202,18 +214,12 @@ class MemoryBackend:
 
     def _apply(self, commit: Commit, puts: Sequence[_Put]) -> Committed | VersionConflict:
         known = self._streams
-        streams: list[_Stream | None] = []
-        conflict = False
         for append in commit.appends:
             stream = known.get(append.stream)
-            streams.append(stream)
-            if append.expected != (len(stream.events) if stream else 0):
-                conflict = True
-        if conflict:
-            heads = [(a, len(s.events) if s else 0) for a, s in zip(commit.appends, streams, strict=True)]
-            return VersionConflict({a.stream: version for a, version in heads if version != a.expected})
-        for append, stream in zip(commit.appends, streams, strict=True):
-            self._append(append, stream)
+            if append.expected != (0 if stream is None else len(stream.events)):
+                return self._conflict(commit)
+        for append in commit.appends:
+            self._append(append)
         if type(commit.ack) is _Delivery:
             # Before the publishing: a reminder of the unit whose delivery this is must not find it queued.
             self._ack(commit.ack)
@@ -234,20 +240,28 @@ class MemoryBackend:
             self.store(name, [record])
         return self._count(commit.tally) if commit.tally else _DONE
 
-    def _append(self, append: Append, stream: _Stream | None) -> None:
+    def _conflict(self, commit: Commit) -> VersionConflict:
+        known = self._streams
+        heads = {a.stream: len(known[a.stream].events) if a.stream in known else 0 for a in commit.appends}
+        return VersionConflict(
+            {a.stream: heads[a.stream] for a in commit.appends if heads[a.stream] != a.expected}
+        )
+
+    def _append(self, append: Append) -> None:
         name, events = append.stream, append.events
+        stream = self._streams.get(name)
         if stream is None:
             self._streams[name] = _Stream(tuple(events))
         elif isinstance(stream.events, list):
             stream.events.extend(events)
         else:
-            longer = (*stream.events, *events)
+            longer = stream.events + tuple(events)
             stream.events = longer if len(longer) <= _SHORT else list(longer)
         last = events[-1]
         lane = self._lanes.get(last.source)
         if lane is None:
             lane = self._lanes[last.source] = _Lane()
-        lane.history += events
+        lane.history.extend(events)
         if stream is None and name == last.run:
             lane.runs.append(name)
         now = state.index(last)
@@ -331,7 +345,6 @@ class MemoryBackend:
     def _take(self, stages: Sequence[str], limit: int, lease: float) -> list[Delivery]:
         now = self._expire()
         held: dict[_Delivery, None] = {}
-        streams = self._streams
         self._turn += 1  # another stage comes first each time, so that none starves the others
         for n in range(len(stages)):
             stage = stages[(n + self._turn) % len(stages)]
@@ -342,10 +355,11 @@ class MemoryBackend:
                 queue.promote(now)
             ready = queue.ready
             while ready and len(held) < limit:
-                event, attempt, group = ready.popleft()
-                stream = streams[event.subject]
+                found = ready.popleft()
+                stream = found.stream
                 head = stream.events[-1] if stream.events else None
-                held[_Delivery(event, stage, attempt + 1, head, self, stream, held, group)] = None
+                attempt = found.attempt + 1
+                held[_Delivery(found.event, stage, attempt, head, self, stream, held, found.group)] = None
         if not held:
             return []
         self._lease(held, now + lease)
@@ -355,11 +369,12 @@ class MemoryBackend:
         queue = self._queues.get(stage)
         if queue is None:
             queue = self._queues[stage] = _Queue()
+        message = _Message(event, self._streams[event.subject], attempt, group)
         if delay > 0:
             due = self._clock.monotonic() + delay
-            heappush(queue.delayed, (due, next(self._order), event, attempt, group))
+            heappush(queue.delayed, (due, next(self._order), message))
         else:
-            queue.ready.append((event, attempt, group))
+            queue.ready.append(message)
 
     def _line_up(self, publish: Publish) -> None:
         """Put what is published under a group behind what the queue has of it."""
