@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import count
@@ -19,6 +19,8 @@ from flowlane.testing.backend_model import Opener, Storage
 from flowlane.testing.backend_suite import ORDERED, QUEUES
 from flowlane.testing.manual import ManualClock
 from flowlane_aws.backend import AwsBackend, open_backend
+from flowlane_aws.clients import open_client
+from flowlane_aws.queue import creation
 
 _numbers = count(1)
 
@@ -65,6 +67,12 @@ def new_name() -> str:
     return f"s{next(_numbers)}"
 
 
+async def _make(specs: Sequence[QueueSpec], backend: AwsBackend) -> None:
+    """As ``backend.create`` makes queues, its nine calls each by the short way: a third of a test's CPU."""
+    async with open_client("sqs", brisk=("CreateQueue", "GetQueueUrl", "GetQueueAttributes")) as sqs:
+        await creation.create(sqs, backend._names, specs)
+
+
 def storage_on(clock: ManualClock, stages: Iterable[str] = STAGES) -> Storage:
     """New, empty storages, each of a name of its own; made when they are first opened."""
 
@@ -76,7 +84,8 @@ def storage_on(clock: ManualClock, stages: Iterable[str] = STAGES) -> Storage:
             nonlocal made
             async with opened(name, clock) as backend:
                 if not made:
-                    await backend.create([QueueSpec(s, 30.0, 60.0, s == ORDERED) for s in stages])
+                    await backend.create([])
+                    await _make([QueueSpec(s, 30.0, 60.0, s == ORDERED) for s in stages], backend)
                     made = True
                 yield backend
 

@@ -126,7 +126,7 @@ async def read_request(reader: asyncio.StreamReader, writer: asyncio.StreamWrite
 
 
 async def read_answer(reader: asyncio.StreamReader, method: str) -> Answer:
-    """The answer to a request by `method`, on a connection that ends with it.
+    """The answer to a request by `method`; one that has no length ends with the connection.
 
     Raises:
         IncompleteReadError, ConnectionError: it breaks off.

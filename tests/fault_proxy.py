@@ -32,6 +32,36 @@ from tests.aws_wire import Answer, Request, error_answer, head, read_answer, rea
 
 #: Between the proxy and one side only, or set anew by it (RFC 9110, 7.6.1).
 _OWN: Final = {"connection", "keep-alive", "transfer-encoding", "content-length", "expect"}
+#: Seconds for which a connection to the server is used again: servers close theirs after 5 s and more.
+_FRESH: Final = 1.0
+
+
+class Upstream:
+    """Connections to the server; an answer that came whole leaves its own for the next request."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._address = (host, port)
+        self._kept: list[tuple[float, asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def take(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection that the caller closes, or gives back."""
+        oldest = asyncio.get_running_loop().time() - _FRESH
+        while self._kept:
+            since, reader, writer = self._kept.pop()
+            if since > oldest and not reader.at_eof():
+                return reader, writer
+            writer.close()
+        return await asyncio.open_connection(*self._address)
+
+    def give_back(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Nothing is under way on it, and the server keeps it open."""
+        self._kept.append((asyncio.get_running_loop().time(), reader, writer))
+
+    def close(self) -> None:
+        """None is kept any more."""
+        for _, _, writer in self._kept:
+            writer.close()
+        self._kept.clear()
 
 
 class Exchange:
@@ -40,7 +70,7 @@ class Exchange:
     def __init__(
         self,
         request: Request,
-        upstream: tuple[str, int],
+        upstream: Upstream,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> None:
@@ -55,18 +85,24 @@ class Exchange:
             IncompleteReadError, ConnectionError: the server does not answer that.
         """
         request = self.request
-        headers = {"connection": "close", "content-length": str(len(request.body))}
+        headers = {"content-length": str(len(request.body))}
         headers |= {name: value for name, value in request.headers.items() if name not in _OWN}
-        reader, writer = await asyncio.open_connection(*self._upstream)
+        reader, writer = await self._upstream.take()
+        stays_open = False
         try:
             writer.write(head(f"{request.method} {request.target} HTTP/1.1", headers))
             writer.write(request.body[:stop])
             await writer.drain()
             if stop is not None:
                 writer.write_eof()
-            return await read_answer(reader, request.method)
+            answer = await read_answer(reader, request.method)
+            stays_open = stop is None and answer.headers.get("connection", "").lower() != "close"
+            return answer
         finally:
-            writer.close()
+            if stays_open:
+                self._upstream.give_back(reader, writer)
+            else:
+                writer.close()
 
     async def answer(self, answer: Answer, *, cut: int | None = None) -> bool:
         """The client gets `answer`; with `cut`, its body breaks off before that byte (counted from the end
@@ -126,7 +162,7 @@ class FaultProxy:
         assert url.port is not None
         self.calls: Counter[str] = Counter()
         self.url = ""
-        self._upstream = (url.hostname, url.port)
+        self._upstream = Upstream(url.hostname, url.port)
         self._rules: list[Rule] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -154,6 +190,7 @@ class FaultProxy:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._upstream.close()
         await self._server.wait_closed()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

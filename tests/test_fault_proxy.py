@@ -39,6 +39,7 @@ class Upstream:
     def __init__(self) -> None:
         self.seen: list[tuple[str, str, bytes]] = []
         self.broken = 0  # requests whose body did not come whole
+        self.peers: list[object] = []  # of each request, the connection that it came on
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         try:
@@ -47,6 +48,7 @@ class Upstream:
             self.broken += 1
             raise
         self.seen.append((request.method, request.raw_path, body))
+        self.peers.append(request.transport)
         if request.method in ("GET", "HEAD"):
             part = OBJECT[request.http_range]
             headers = {"ETag": '"e"', "X-Kept": "a b"}
@@ -108,6 +110,22 @@ async def test_without_faults_nothing_is_changed(
     ]
     assert all(body == OBJECT for method, _, body in upstream.seen if method == "PUT")
     assert proxy.calls == {"s3.GetObject": 1, "s3.HeadObject": 1, "s3.PutObject": 2}
+
+
+async def test_the_server_is_asked_on_one_connection_while_its_answers_come_whole(
+    proxy: FaultProxy, upstream: Upstream, client: aiohttp.ClientSession
+) -> None:
+    for method in ("GET", "HEAD", "PUT"):
+        async with client.request(method, "/b/k") as answer:
+            await answer.read()
+    proxy.inject("s3.PutObject", truncated(1000), times=-1)
+    with pytest.raises(BROKEN):
+        async with client.put("/b/k", data=OBJECT):
+            pass
+    async with client.get("/b/k") as answer:
+        assert await answer.read() == OBJECT
+    first, second, third, after = upstream.peers
+    assert first is second is third is not after
 
 
 async def test_a_rule_meets_the_calls_it_names(proxy: FaultProxy, client: aiohttp.ClientSession) -> None:

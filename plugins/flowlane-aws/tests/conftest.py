@@ -23,8 +23,8 @@ _NAMES: dict[str, str] = {}
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_clients() -> Iterator[None]:
-    """Clients are made in 4 ms and not in 10, some thousand times: what the SDK works out anew for each one
-    (the names of its events, which of its handlers take keywords) is the same for all and kept."""
+    """Thousands of clients are made: what the SDK works out anew for each one (the names of its events; which
+    of its handlers take keywords; of a blocking one's 10 ms, 6) is the same for all and kept."""
 
     def make(self: Any, emitter: Any, aliases: Any = None) -> None:
         _MAKE(self, emitter, aliases)

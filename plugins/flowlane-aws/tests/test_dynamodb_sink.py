@@ -37,9 +37,22 @@ class TestTransactionsOnMinistack(Suite):
 
 
 class TestTransactionsOnMoto(Suite):
+    """A second opinion on every kind of transaction. At which batch an attempt died is nothing that a server
+    could see: one place of each kind is enough here."""
+
     @pytest.fixture
     def server(self, moto: str) -> str:
         return moto
+
+    @pytest.mark.parametrize(("written", "unlogged"), [(3, 0), (3, 2)])
+    async def test_the_next_attempt_goes_on_where_the_log_says(
+        self, sink: Sink, written: int, unlogged: int
+    ) -> None:
+        await super().test_the_next_attempt_goes_on_where_the_log_says(sink, written, unlogged)
+
+    @pytest.mark.parametrize("logged", [0, 3])
+    async def test_dead_between_the_end_and_its_log_entry(self, sink: Sink, logged: int) -> None:
+        await super().test_dead_between_the_end_and_its_log_entry(sink, logged)
 
 
 class TestPutsOnMinistack(Suite):

@@ -23,7 +23,6 @@ import aiohttp
 import msgspec
 import pytest
 from aiobotocore.config import AioConfig
-from aiobotocore.httpsession import AIOHTTPSession
 from botocore.retries.standard import ExponentialBackoff
 from botocore.session import get_session
 
@@ -37,6 +36,7 @@ from flowlane.worker import run_once
 from flowlane_aws import clients
 from flowlane_aws.log import commits, items, table, tallies
 from flowlane_aws.s3 import upload as s3_upload
+from flowlane_aws.trust import Connections
 from tests.aws_wire import Answer
 from tests.fault_proxy import (
     Exchange,
@@ -138,7 +138,7 @@ def connectors(monkeypatch: pytest.MonkeyPatch) -> list[aiohttp.BaseConnector]:
     def hasty(**settings: Any) -> AioConfig:
         return AioConfig(**settings | {"read_timeout": IMPATIENCE, "connect_timeout": IMPATIENCE})
 
-    monkeypatch.setattr(AIOHTTPSession, "_create_connector", kept)  # without certificates: 30 ms for each
+    monkeypatch.setattr(Connections, "_create_connector", kept)
     monkeypatch.setattr(clients, "AioConfig", hasty)
     monkeypatch.setattr(
         ExponentialBackoff, "delay_amount", lambda self, context: 0.01

@@ -21,7 +21,8 @@ import aiobotocore
 import aiohttp
 import botocore
 from aiobotocore.config import AioConfig
-from aiobotocore.session import get_session
+from aiobotocore.hooks import AioHierarchicalEmitter
+from aiobotocore.session import AioSession
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
@@ -43,6 +44,7 @@ from botocore.parsers import DEFAULT_TIMESTAMP_PARSER
 from flowlane.errors import ConfigError, FlowlaneError, Permanent, Retryable
 from flowlane.veil import conceal, remember
 from flowlane_aws.brisk import PIECE, BriskClient
+from flowlane_aws.trust import Connections
 
 #: Seconds for one call, all of its tries included, unless the caller says otherwise.
 PATIENCE: Final = 30.0
@@ -145,10 +147,11 @@ async def open_client(
         ConfigError: there is no region.
     """
     _keep_secrets()
-    session = get_session()
+    session = AioSession(event_hooks=_handlers(), include_builtin_handlers=False)
     session.register_component("data_loader", _models())
     session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_moment)
     config = AioConfig(
+        http_session_cls=Connections,
         retries={"mode": "standard", "total_max_attempts": attempts},
         connect_timeout=5,
         read_timeout=read_timeout,
@@ -229,6 +232,15 @@ def _models() -> Loader:
     return create_loader()
 
 
+@cache
+def _handlers() -> AioHierarchicalEmitter:
+    """What the SDK does around each call, put together once a process: half of what is left. Every client
+    gets a copy."""
+    handlers = AioHierarchicalEmitter()
+    AioSession(event_hooks=handlers)
+    return handlers
+
+
 @asynccontextmanager
 async def asking(
     what: str, *, seconds: float = PATIENCE, passing: Collection[str] = ()
@@ -276,7 +288,8 @@ def told(error: Exception, what: str) -> FlowlaneError:
     if not isinstance(error, ClientError):
         if isinstance(error, _WRONG):
             return ConfigError(f"{what}: {said}")
-        return Retryable(f"{what}: {type(error).__name__}: {said}")
+        hint = ": AWS_CA_BUNDLE names the certificates that are trusted" if "certificate" in said else ""
+        return Retryable(f"{what}: {type(error).__name__}: {said}{hint}")
     return _answered(error, what)
 
 
