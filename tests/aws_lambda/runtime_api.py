@@ -14,14 +14,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 _RUNTIME = "/2018-06-01/runtime"
 
@@ -32,6 +32,29 @@ class FunctionError(Exception):
     def __init__(self, type: str, message: str) -> None:
         super().__init__(message)
         self.type = type
+
+
+class Process(Protocol):
+    """See ``subprocess.Popen``."""
+
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def kill(self) -> None: ...
+
+
+#: Starts ``python -m`` with these arguments, in a folder and an environment, its output added to a file.
+Launch = Callable[[Sequence[str], Path, Mapping[str, str], Path], Process]
+
+
+def _launch(
+    arguments: Sequence[str], folder: Path, environment: Mapping[str, str], output: Path
+) -> subprocess.Popen[bytes]:
+    with output.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", *arguments], cwd=folder, env=environment, stdout=file, stderr=file
+        )
 
 
 class _Server(ThreadingHTTPServer):
@@ -58,8 +81,11 @@ class _Call:
 class RuntimeApi:
     """See the module. One function, one invocation at a time; ``log`` is what the process wrote."""
 
-    def __init__(self, handler: str, folder: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, handler: str, folder: Path, environment: Mapping[str, str], launch: Launch | None = None
+    ) -> None:
         self._handler, self._folder, self._environment = handler, folder, environment
+        self._launch = launch or _launch
         self._pending: SimpleQueue[_Call | None] = SimpleQueue()
         self._calls: dict[str, _Call] = {}
         self._names = count(1)
@@ -84,14 +110,9 @@ class RuntimeApi:
         self._server = _Server(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
         self._thread.start()
-        self._output = (self._folder / "output.log").open("wb")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "awslambdaric", self._handler],
-            cwd=self._folder,
-            env=self._variables(),
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-        )
+        output = self._folder / "output.log"
+        output.write_bytes(b"")
+        self._process = self._launch(["awslambdaric", self._handler], self._folder, self._variables(), output)
         self._watching = threading.Thread(target=self._watch)
         self._watching.start()
         return self
@@ -119,7 +140,6 @@ class RuntimeApi:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
-        self._output.close()
 
     @property
     def log(self) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -20,6 +19,7 @@ from flowlane.settings import Settings
 from tests import servers
 from tests.aws_lambda.mapping import QueueMapping
 from tests.aws_lambda.runtime_api import FunctionError, RuntimeApi
+from tests.kills import zygote
 from tests.kills.campaign import check_log, serving
 from tests.kills.victim import START, archive
 
@@ -52,7 +52,7 @@ class Fleet:
 
     def __init__(self, folder: Path, environment: dict[str, str], workers: int) -> None:
         self._folder, self._environment = folder, environment
-        self._workers: dict[str, subprocess.Popen[bytes]] = {}
+        self._workers: dict[str, zygote.Command] = {}
         self._function: RuntimeApi | None = None
         self.names = [*(f"worker-{n}" for n in range(workers)), "function"]
 
@@ -60,19 +60,13 @@ class Fleet:
         """Start the worker or the function of that name."""
         if name == "function":
             settings = {**self._environment, "FLOWLANE_LANE": "kills_lane.py", "FLOWLANE_BACKEND": BACKEND}
-            function = RuntimeApi(HANDLER, self._folder, settings)
+            function = RuntimeApi(HANDLER, self._folder, settings, zygote.Command)
             function.__enter__()
             self._function = function  # not before: the mapping's thread invokes what it finds here
             return
-        command = [sys.executable, "-m", "flowlane", "worker", "kills_lane.py", "--backend", BACKEND]
-        with (self._folder / f"{name}.log").open("ab") as output:
-            self._workers[name] = subprocess.Popen(
-                command,
-                cwd=self._folder,
-                env={**os.environ, **self._environment},
-                stdout=output,
-                stderr=output,
-            )
+        command = ["flowlane", "worker", "kills_lane.py", "--backend", BACKEND]
+        settings = {**os.environ, **self._environment}
+        self._workers[name] = zygote.Command(command, self._folder, settings, self._folder / f"{name}.log")
 
     def kill(self, name: str) -> None:
         """End it with SIGKILL, in whatever it is doing."""
@@ -155,13 +149,9 @@ class AwsKiller:
             self._command("run", "kills_lane.py", "--backend", BACKEND, "--json")
             asyncio.run(self._reckon())
 
-    def _command(self, *arguments: str) -> str:
-        command = [sys.executable, "-m", "flowlane", *arguments]
-        done = subprocess.run(
-            command, cwd=self.folder, env=os.environ, capture_output=True, text=True, timeout=400, check=False
-        )
+    def _command(self, *arguments: str) -> None:
+        done = zygote.run(["flowlane", *arguments], self.folder, seconds=400)
         assert done.returncode == 0, (arguments, done.stdout[-2000:], done.stderr[-2000:])
-        return done.stdout
 
     async def _reckon(self) -> None:
         lane = load_lane(str(self.folder / "kills_lane.py"))

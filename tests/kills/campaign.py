@@ -1,7 +1,6 @@
 """Two workers on one SQLite file, killed over and over, each time in the middle of something."""
 
 import asyncio
-import multiprocessing
 import random
 import sys
 import time
@@ -21,13 +20,13 @@ from flowlane.settings import Settings
 from flowlane.state import fold
 from flowlane.status import LogView
 from flowlane.worker import run_once
+from tests.kills import zygote
 from tests.kills.victim import PHASES, START, Page, archive, lane_of, serve_archives, work
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.kills.victim"])
-
 #: Seconds between two looks at what a worker is in the middle of; a commit takes some milliseconds.
-_GLANCE = 0.00002
+_GLANCE = 0.0003
+#: Hours that come before each start of a worker: about what two workers land until the next.
+_EACH = 16
 
 
 class Archives:
@@ -46,9 +45,9 @@ class Archives:
 @contextmanager
 def serving(hours: int, drip: float = 0.4) -> Iterator[Archives]:
     """The archives of so many hours, each served over `drip` seconds until told otherwise."""
-    ours, theirs = _context.Pipe()
-    server = _context.Process(target=serve_archives, args=(hours, drip, theirs), daemon=True)
-    server.start()
+    ours, theirs = zygote.context.Pipe()
+    server = zygote.start(serve_archives, hours, drip, theirs)
+    theirs.close()  # should the server end, it is not waited for
     try:
         yield Archives(ours)
     finally:
@@ -89,9 +88,7 @@ class Killer:
         self.before_start()
         path = self.folder / f"page-{number}"
         path.write_bytes(bytes(4096))
-        process = _context.Process(target=work, args=(self.settings, str(path)), daemon=True)
-        process.start()
-        return process, Page(path)
+        return zygote.start(work, self.settings, str(path)), Page(path)
 
     def _strike(self, process: BaseProcess, page: Page, aim: str) -> None:
         patience = time.monotonic() + 2.0
@@ -119,11 +116,12 @@ class Killer:
 
 
 class Campaign(Killer):
-    """The kills of workers that land archives; then the reckoning."""
+    """The kills of workers that land archives, `hours` at the most; then the reckoning."""
 
     def __init__(self, folder: Path, hours: int, seed: int) -> None:
         super().__init__(folder, seed)
-        self.hours = hours
+        self.most = hours
+        self.hours = 0
 
     @property
     def until(self) -> datetime:
@@ -132,15 +130,16 @@ class Campaign(Killer):
 
     def run(self, kills: int, seconds: float) -> None:
         """Kill so many times (or until the time is up), then see everything through without kills."""
-        with serving(self.hours) as archives:
-            self.settings |= {
-                "url": archives.url,
-                "lake": (self.folder / "lake").as_uri() + "/",
-                "until": self.until.isoformat(),
-            }
+        with serving(self.most) as archives:
+            self.settings |= {"url": archives.url, "lake": (self.folder / "lake").as_uri() + "/"}
             self.kill(kills, time.monotonic() + seconds)
             archives.quicken()
             asyncio.run(self._see_through())
+
+    def before_start(self) -> None:
+        """More hours have come: what is not landed when the kills are over is work that shows nothing."""
+        self.hours = min(self.hours + _EACH, self.most)
+        self.settings["until"] = self.until.isoformat()
 
     async def _see_through(self) -> None:
         """Let one undisturbed worker finish, then compare lake and log with what must be."""

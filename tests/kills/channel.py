@@ -10,7 +10,6 @@ import asyncio
 import os
 import random
 import sqlite3
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from flowlane.compose import open_application
 from flowlane.ports import ChannelRecord
 from flowlane.settings import Settings
 from tests import servers
+from tests.kills import zygote
 from tests.kills.aws import variables
 from tests.kills.stream_server import streaming
 
@@ -142,19 +142,18 @@ class ChannelCampaign:
             self.seconds = time.monotonic() - began
         self._check()
 
-    def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "tests.kills.channel", *arguments]
-        with (self.folder / "processes.log").open("ab") as output:
-            return subprocess.Popen(command, stdout=output, stderr=output)
+    def _start(self, *arguments: str) -> zygote.Command:
+        command = ["tests.kills.channel", *arguments]
+        return zygote.Command(command, Path.cwd(), os.environ, self.folder / "processes.log")
 
-    def _end(self, *processes: subprocess.Popen[bytes]) -> None:
+    def _end(self, *processes: zygote.Command) -> None:
         for process in processes:
             process.kill()
             process.wait()
 
-    def _said(self, process: subprocess.Popen[bytes]) -> str:
+    def _said(self, process: zygote.Command) -> str:
         said = (self.folder / "processes.log").read_text()[-3000:]
-        return f"a process ended by itself with {process.returncode}: {said}"
+        return f"a process ended by itself with {process.poll()}: {said}"
 
     def _applied(self) -> int:
         with closing(sqlite3.connect(self.target, timeout=60)) as connection:

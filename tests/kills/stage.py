@@ -7,11 +7,12 @@ import random
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
+
+from tests.kills import zygote
 
 #: Seconds for which a partition is held: what a worker held that was killed is nobody's until then.
 HOLD = 2.0
@@ -66,36 +67,26 @@ class Ledger:
     def __init__(self, folder: Path, *, customers: int = 12, each: int = 25) -> None:
         self.folder = folder
         self.names = [(str(customer), n) for n in range(each) for customer in range(customers)]
-        self._workers: list[subprocess.Popen[bytes]] = []
+        self._workers: list[zygote.Command] = []
         (folder / "ledger_lane.py").write_text(LANE.format(each=each, customers=customers))
         with closing(sqlite3.connect(folder / "ledger.db")) as ledger:
             ledger.execute("PRAGMA journal_mode = WAL")
             ledger.execute("CREATE TABLE applied (place INTEGER PRIMARY KEY, customer, n, worker)")
 
-    def flowlane(self, *arguments: str) -> list[str]:
-        """The command, on this ledger's backend."""
+    def _flowlane(self, verb: str, *options: str) -> list[str]:
         backend = f"sqlite:///{self.folder}/flowlane.db?hold={HOLD:g}s"
-        return [sys.executable, "-m", "flowlane", *arguments, "--backend", backend]
+        return ["flowlane", verb, "ledger_lane.py", *options, "--backend", backend]
 
-    def start(self) -> subprocess.Popen[bytes]:
-        """One more worker."""
-        with (self.folder / "workers.log").open("ab") as output:
-            worker = subprocess.Popen(
-                self.flowlane("worker", "ledger_lane.py"), cwd=self.folder, stdout=output, stderr=output
-            )
+    def start(self, verb: str = "worker") -> zygote.Command:
+        """One more worker; or another verb that goes on for a while."""
+        command = self._flowlane(verb)
+        worker = zygote.Command(command, self.folder, os.environ, self.folder / "workers.log")
         self._workers.append(worker)
         return worker
 
-    def run(self) -> subprocess.CompletedProcess[str]:
-        """``flowlane run`` to its end."""
-        return subprocess.run(
-            self.flowlane("run", "ledger_lane.py", "--json"),
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
+    def run(self, verb: str = "run") -> subprocess.CompletedProcess[str]:
+        """``flowlane run --json``, or another verb, to its end."""
+        return zygote.run(self._flowlane(verb, "--json"), self.folder, seconds=200)
 
     def end(self) -> None:
         """Kill what is left."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from pathlib import Path
 
@@ -12,8 +11,7 @@ from tests.kills.stage import HOLD, Ledger, under_fire
 
 def find(ledger: Ledger) -> None:
     """Open the run, as a schedule would, and end before much is done."""
-    lane = "ledger_lane.py"
-    process = subprocess.Popen(ledger.flowlane("run", lane), cwd=ledger.folder, stdout=subprocess.DEVNULL)
+    process = ledger.start("run")
     try:
         deadline = time.monotonic() + 30
         while len(ledger.applied()) < 3:
@@ -34,9 +32,8 @@ def test_the_order_of_each_customer_survives_kills_and_stops(tmp_path: Path) -> 
     done = ledger.run()
     assert ledger.judge() == []
     assert done.returncode in (0, 1), done.stderr
-    dead = subprocess.run(
-        ledger.flowlane("dead", "ledger_lane.py", "--json"), cwd=tmp_path, capture_output=True, check=True
-    )
+    dead = ledger.run("dead")
+    assert dead.returncode == 0, dead.stderr
     report = json.loads(dead.stdout)
     assert [unit["unit"] for unit in report["dead"]] == ["ledger/change/1@3"]
     assert report["records"] == []
@@ -59,9 +56,8 @@ def test_a_worker_that_is_told_to_end_leaves_its_partitions_at_once(tmp_path: Pa
         assert time.monotonic() - began < 10
     finally:
         ledger.end()
-    status = subprocess.run(
-        ledger.flowlane("status", "ledger_lane.py", "--json"), cwd=tmp_path, capture_output=True, check=True
-    )
+    status = ledger.run("status")
+    assert status.returncode == 0, status.stderr
     partitions = json.loads(status.stdout)["channels"]
     assert all(each["owner"] == "" for each in partitions), "held by nobody"
     assert sum(int(each["position"]) for each in partitions) > 0

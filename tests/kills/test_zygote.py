@@ -1,0 +1,37 @@
+"""What is forked for a test does not outlive it."""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+
+import pytest
+
+# Nothing imported beforehand: it is the end that counts here.
+_SCRIPT = """
+import os, signal, sys, time
+from tests.kills import zygote
+
+if __name__ == "__main__":
+    zygote.context.set_forkserver_preload([])
+    print(zygote.start(time.sleep, 600).pid, flush=True)
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pidfd_open(2) is Linux's")
+def test_a_forked_process_ends_with_a_killed_test() -> None:
+    command = [sys.executable, "-c", _SCRIPT]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as asking:
+        assert asking.stdin is not None
+        assert asking.stdout is not None
+        forked = os.pidfd_open(int(asking.stdout.readline()))
+        try:
+            asking.stdin.close()
+            ended, _, _ = select.select([forked], [], [], 30)
+            assert ended, "it is still there"
+        finally:
+            os.close(forked)
