@@ -72,6 +72,16 @@ IMPATIENCE = 1.5
 PAST_SDK = 4
 #: ... and for whoever repeats it to give it up as well: 4 or 5 times what the SDK does, or 12 transactions.
 PAST_ALL = 16
+#: Of what is asked for again in the same place, one call each is throttled; of the others it is alike.
+THROTTLED = (
+    "s3.GetObject",
+    "s3.UploadPart",
+    "sqs.SendMessageBatch",
+    "sqs.DeleteMessageBatch",
+    "dynamodb.PutItem",
+    "dynamodb.TransactWriteItems",
+    "dynamodb.Query",
+)
 
 
 class Found(Unit, key=("url",)):
@@ -322,7 +332,7 @@ def failing(call: str, **where: Any) -> Iterator[Cell]:
         ("is slow", slow(0.2), 1, True),
         ("never arrives", lost_request(), 1, True),
         ("never arrives, for longer", lost_request(), PAST_SDK, False),
-        ("is throttled, for longer", throttled(), PAST_SDK, False),
+        ("is throttled, for longer", throttled(), PAST_SDK, call not in THROTTLED),
         ("fails on the server, for longer", refused(status, code), PAST_SDK, True),
         ("hangs", hanging(), 1, False),
     ):

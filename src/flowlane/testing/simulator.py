@@ -289,7 +289,7 @@ class Simulation:
 
 def _let_go_of_channels() -> None:
     """Commits that came to nothing hold deliveries of channels, and those all else: see ``VirtualLoop``."""
-    for known in gc.get_objects():
+    for known in gc.get_objects(generation=0):  # nothing was collected since the beginning (``clock.run``)
         if issubclass(type(known), ChannelDelivery):  # isinstance asks proxies of what is gone
             known.line = known.conveyor = None  # nobody is left to ask it
 
