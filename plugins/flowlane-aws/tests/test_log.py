@@ -48,6 +48,9 @@ class TestOnMoto(LogSuite, IndexSuite):
     async def elapse(self, clock: ManualClock, seconds: float) -> None:
         await asyncio.sleep(seconds + 0.1)
 
+    @pytest.mark.skip(reason="moto 5.2.5 has no lock from a put's condition to the put: two may win")
+    async def test_one_winner_for_each_version(self, backend: Backend) -> None: ...
+
     @pytest.mark.skip(reason="moto 5.2.5 loses concurrent ADDs, tried with a bare client: 292 of 300")
     async def test_tallies_add_up(self, backend: Backend) -> None: ...
 

@@ -185,9 +185,9 @@ async def test_the_checkpoint_and_the_effects_of_a_zombie_are_refused(
     await until(lambda: has_effect(tmp_path, "at a1 successor"))
     zombie.signal(signal.SIGCONT)
     await until(lambda: over(app, run))
-    for worker in (zombie, successor):
+    for worker in (zombie, successor):  # in turn: it may take over from who ends before it
         worker.signal(signal.SIGTERM)
-    assert [await worker.ended(20) for worker in (zombie, successor)] == [0, 0]
+        assert await worker.ended(20) == 0
     for n in range(3):
         stream = await listed(app.backend.read(f"rows/row/a@{n}"))
         kinds = Counter(event.type for event in stream)
