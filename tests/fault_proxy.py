@@ -48,7 +48,7 @@ class Upstream:
         oldest = asyncio.get_running_loop().time() - _FRESH
         while self._kept:
             since, reader, writer = self._kept.pop()
-            if since > oldest and not reader.at_eof():
+            if since > oldest and not (reader.at_eof() or writer.is_closing()):
                 return reader, writer
             writer.close()
         return await asyncio.open_connection(*self._address)

@@ -37,7 +37,7 @@ from flowlane.ports import (
     Delivery,
 )
 from flowlane.state import status
-from flowlane.turns import Turns
+from flowlane.turns import WAITS, Turns
 from flowlane.veil import conceal
 
 if TYPE_CHECKING:
@@ -275,6 +275,7 @@ class Engine:
             attempt.event = handling.typed(first)
             entered = entered or self._enter(head.subject)
             slot.attempt = attempt
+            WAITS.set(attempt.waits)
             if handling.generator:
                 await self._discover(handling, attempt)
             elif (result := await handling.handler(attempt.event, attempt)) is not None:

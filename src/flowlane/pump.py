@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
-from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from types import TracebackType
 
@@ -22,7 +22,6 @@ from flowlane.engine import Engine, describe
 from flowlane.errors import ConfigError, Fenced, Retryable
 from flowlane.handling import Handling
 from flowlane.ports import Delivery
-from flowlane.turns import WAITS
 
 logger = logging.getLogger("flowlane")
 
@@ -55,10 +54,6 @@ class Slot:
         self.began = 0.0
         self.why: BaseException | None = None
         self.since = self.told = 0.0
-
-    def waits(self) -> AbstractContextManager[None]:
-        """See ``turns.waiting``: for the attempt that the slot has now."""
-        return nullcontext() if self.attempt is None else self.attempt.waits()
 
     def interrupt(self, why: BaseException, now: float) -> None:
         """Cancel what the slot is doing; it goes on with `why` as the attempt's end. Asked for again, cancel
@@ -339,7 +334,6 @@ class Pump:
         clock = self.engine.clock
         loop = asyncio.get_running_loop()
         buffer = station.buffer
-        WAITS.set(slot.waits)
         while True:
             if not buffer:
                 if self._closing:

@@ -14,10 +14,11 @@ from typing import Any, ClassVar, cast
 import pytest
 
 from flowlane.clock import SystemClock
+from flowlane.connectors import database
 from flowlane.connectors.extract import SqliteSource
 from flowlane.connectors.insert import SqliteSink
 from flowlane.connectors.sqlite import open_sink, open_source
-from flowlane.errors import ConfigError, Fenced, Permanent, Superseded
+from flowlane.errors import ConfigError, Fenced, Permanent, Retryable, Superseded
 from flowlane.ports import Bad, Batch, Connections, Cut, Environment, Record, Split
 from flowlane.state import Position
 from flowlane.testing.sink_suite import KeyedSuite, SinkSuite, cut_up, split, write
@@ -544,6 +545,20 @@ async def test_a_new_file_is_waited_for_while_others_make_it(file: Path, environ
     await loading
     assert not done
     assert rows_of(file) == [{"id": 1}]
+
+
+@pytest.mark.parametrize("statement", ["BEGIN IMMEDIATE", "BEGIN; SELECT * FROM t"])
+async def test_a_file_that_others_never_let_go_of_says_what_to_do(
+    file: Path, environment: Environment, monkeypatch: pytest.MonkeyPatch, statement: str
+) -> None:
+    """Whether they write, or only read what is to become a file with a write-ahead log."""
+    monkeypatch.setattr(database, "PATIENCE", 0.05)
+    execute(file, "CREATE TABLE t (id)", "INSERT INTO t VALUES (1)")
+    with closing(sqlite3.connect(file, isolation_level=None)) as other:
+        for each in statement.split(";"):
+            other.execute(each).fetchall()
+        with pytest.raises(Retryable, match=r"another connection has been in the way for 0\.05 s: end"):
+            await load(file, environment, [{"id": 2}])
 
 
 async def test_a_backends_file_holds_no_tables(file: Path, environment: Environment) -> None:

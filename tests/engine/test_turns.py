@@ -14,7 +14,7 @@ from flowlane import Context, Event, Lane, Unit, ZipLimits
 from flowlane.connectors.members import budget_of
 from flowlane.ports import Environment
 from flowlane.testing.clock import run
-from flowlane.turns import Turns
+from flowlane.turns import Turns, waiting
 from flowlane.worker import run_once
 from tests.engine.test_engine import QUICK, Bench, Thing, lane_of, virtual
 from tests.engine.test_proofs import URL, publish
@@ -128,6 +128,27 @@ async def test_waiting_for_memory_is_waiting(bench: Bench) -> None:
     assert (await bench.types("toy/thing/0")).count("attempt.continued") == 4
     report = await bench.run(lane)
     assert report.outcome == "settled", report.dead
+
+
+@virtual
+async def test_what_a_unit_leaves_behind_waits_for_no_other(bench: Bench) -> None:
+    """A handler may forget a task; the unit behind it is held to its time all the same."""
+    forgotten: list[asyncio.Task[None]] = []
+
+    async def forget() -> None:
+        await asyncio.sleep(1)
+        with waiting():
+            await asyncio.sleep(100)
+
+    async def load(event: Event, ctx: Context) -> None:
+        if not forgotten:
+            forgotten.append(asyncio.create_task(forget()))
+        else:
+            await asyncio.sleep(60)
+
+    policy = replace(QUICK, concurrency=1, timeout=10.0, retries=0)
+    report = await bench.run(lane_of(load, units=THREE[:2], policy=policy))
+    assert report.units["dead"] == 1
 
 
 @virtual

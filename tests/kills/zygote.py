@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,11 +37,16 @@ _IMPORTED = (
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(list(_IMPORTED))
 
+#: Held while a process is asked for its exit status, by starting another, too: of two threads that ask at
+#: once, one would be told 255, for the status comes by a pipe, and once.
+_ASKING = threading.Lock()
+
 
 def start(target: Callable[..., Any], *arguments: Any) -> BaseProcess:
     """A process that calls `target` with `arguments`, in this one's environment."""
     process = context.Process(target=_be, args=(dict(os.environ), target, arguments), daemon=True)
-    process.start()
+    with _ASKING:
+        process.start()
     return process
 
 
@@ -62,7 +68,7 @@ def _follow() -> None:
 class Command:
     """``python -m`` with `arguments`, the module's name first, in `folder`; what it writes is added to
     the file `output`, what it says of errors to `errors` if there is one. Its methods are those of
-    ``subprocess.Popen``."""
+    ``subprocess.Popen``, for several threads, too."""
 
     def __init__(
         self,
@@ -72,6 +78,7 @@ class Command:
         output: Path,
         errors: Path | None = None,
     ) -> None:
+        self._arguments = arguments
         files = (str(output), str(errors or output))
         self._process = start(_module, list(arguments), str(folder), dict(environment), files)
 
@@ -83,7 +90,8 @@ class Command:
 
     def poll(self) -> int | None:
         """The exit status; None while it runs."""
-        return self._process.exitcode
+        with _ASKING:
+            return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
         """The exit status.
@@ -91,19 +99,21 @@ class Command:
         Raises:
             subprocess.TimeoutExpired: it still runs after `timeout` seconds.
         """
-        self._process.join(timeout)
-        status = self._process.exitcode
+        wait([self._process.sentinel], timeout)
+        status = self.poll()
         if status is None:
-            raise subprocess.TimeoutExpired(self._process.name, timeout or 0.0)
+            raise subprocess.TimeoutExpired(self._arguments, timeout or 0.0)
         return status
 
     def kill(self) -> None:
-        """SIGKILL."""
-        self._process.kill()
+        """SIGKILL; nothing where it has ended, and its pid may be another's."""
+        if self.poll() is None:
+            self._process.kill()
 
     def terminate(self) -> None:
-        """SIGTERM."""
-        self._process.terminate()
+        """SIGTERM; as ``kill``."""
+        if self.poll() is None:
+            self._process.terminate()
 
 
 def _module(arguments: list[str], folder: str, environment: Mapping[str, str], files: Sequence[str]) -> None:

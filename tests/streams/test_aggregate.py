@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 
 import pytest
@@ -46,6 +47,23 @@ def test_more_keys_than_two_bytes_count(keys: int) -> None:
     assert [(one.key, one.data) for one in kpl.unpack(packed(records)) or ()] == records
     assert len(packed(records)) <= AROUND + sum(EACH + len(key) for key, _ in records)
     assert len(module._NUMBERS) == 0x4000
+
+
+def test_two_threads_that_pack_at_once_number_keys_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers that are known are both's: the one is still learning some when the other begins."""
+    number = module._number
+    monkeypatch.setattr(module, "_NUMBERS", [])
+
+    def cut_in(wanted: int) -> bytes:
+        monkeypatch.setattr(module, "_number", number)
+        with ThreadPoolExecutor(1) as other:
+            other.submit(pack, [f"{n}" for n in range(5)], [b""] * 5).result()
+        return number(wanted)
+
+    monkeypatch.setattr(module, "_number", cut_in)
+    records = [(f"{n}", b"x") for n in range(3)]
+    assert packed(records) == aggregate(*records)
+    assert [number(n) for n in range(5)] == module._NUMBERS
 
 
 def test_a_library_of_awss_makes_the_same() -> None:

@@ -173,9 +173,9 @@ def is_locked(error: sqlite3.Error) -> bool:
 def failure(error: sqlite3.Error, path: Path) -> FlowlaneError:
     """What the sqlite3 module says, as one of flowlane's errors."""
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-    if is_locked(error):
+    if code == sqlite3.SQLITE_BUSY:  # not LOCKED, which is this connection's own doing, and not waited for
         return Retryable(
-            f"{path}: {error}: another connection has written to it for {PATIENCE:g} s: end that one"
+            f"{path}: {error}: another connection has been in the way for {PATIENCE:g} s: end that one"
         )
     if code in _PASSING:
         return Retryable(f"{path}: {error}")

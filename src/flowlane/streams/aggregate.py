@@ -61,8 +61,11 @@ def _joined(pieces: Sequence[bytes]) -> Iterable[bytes]:
 
 def _first(count: int) -> list[bytes]:
     """The fields of the keys' numbers of the first `count` keys."""
-    while len(_NUMBERS) < min(count, _MOST):
-        _NUMBERS.append(_number(len(_NUMBERS)))
+    known, most = len(_NUMBERS), min(count, _MOST)
+    if known < most:
+        # To their own places, whatever another thread has put there meanwhile: appended, one could come
+        # twice, and from then on all behind it would stand for another key than their own.
+        _NUMBERS[known:most] = [_number(each) for each in range(known, most)]
     return _NUMBERS[:count] + [_number(each) for each in range(len(_NUMBERS), count)]
 
 

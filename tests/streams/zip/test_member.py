@@ -191,7 +191,7 @@ def test_aes(method: int, strength: int, version: int) -> None:
         assert b"".join(chunks) == data
 
 
-@pytest.mark.parametrize("data", [b"", b"x", SHORT], ids=len)
+@pytest.mark.parametrize("data", [b"", b"x", SHORT, TEXT], ids=len)
 @pytest.mark.parametrize("late", [False, True])
 def test_zipcrypto(data: bytes, late: bool) -> None:
     """With the CRC, or where that came later the time, as the last of the random bytes."""
@@ -201,7 +201,7 @@ def test_zipcrypto(data: bytes, late: bool) -> None:
     if late:
         entry = replace(entry, flags=ENCRYPTED | DESCRIPTOR)
         whole = header(entry, time=zlib.crc32(data) >> 24 << 8, crc=0, packed=0, size=0) + made.cipher
-    for step in (1, 7, 4096, 1 << 20):
+    for step in (4096, 1 << 20) if data is TEXT else (1, 7, 4096, 1 << 20):
         assert read(entry, cut(whole, step), password=b"secret") == data
 
 
