@@ -296,8 +296,10 @@ async def test_a_put_that_is_cancelled_leaves_nothing_running(stream: Stream) ->
     assert not [task for task in asyncio.all_tasks() - before if "_caught" in repr(task)]
 
 
-async def test_the_loop_goes_on_while_much_is_put(stream: Stream) -> None:
-    """Whatever the machine is at: between two turns of the loop no more than a slice is worked at."""
+@pytest.mark.parametrize("changed_meanwhile", [False, True])
+async def test_the_loop_goes_on_while_much_is_put(stream: Stream, changed_meanwhile: bool) -> None:
+    """Whatever the machine is at: between two turns of the loop no more than a slice is worked at, also where
+    all that was kept back is set out for other shards."""
     worked: list[int] = []
     turns = added = 0
 
@@ -311,6 +313,7 @@ async def test_the_loop_goes_on_while_much_is_put(stream: Stream) -> None:
         def add(self, records: Sequence[ChannelRecord]) -> None:
             nonlocal added
             added += 1
+            assert len(records) <= 2000
             worked.append(turns)
             super().add(records)
 
@@ -321,11 +324,14 @@ async def test_the_loop_goes_on_while_much_is_put(stream: Stream) -> None:
 
     plan = Noting(0, await ranges_of(stream.client, "changes"), RECORD_BYTES)
     put = records(20_000, keys=500, size=200)
+    if changed_meanwhile:
+        await stream.split()
     ticking = asyncio.create_task(turning())
     async with owned_tasks() as group, Flights[Any](group) as flights:
         await stream.producer._carry(put, plan, flights)
     ticking.cancel()
-    assert added == 10
+    assert plan.plans == 1 + changed_meanwhile
+    assert changed_meanwhile or added == 10
     assert len(worked) == len(set(worked)) > added
     assert await stream.read() == by_key(put)
 

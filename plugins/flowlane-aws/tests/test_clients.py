@@ -11,7 +11,8 @@ import pytest
 from flowlane.errors import ConfigError, Permanent, Retryable
 from flowlane_aws.clients import asking, open_client
 from tests import servers
-from tests.fault_proxy import FaultProxy, refused
+from tests.aws_wire import Answer
+from tests.fault_proxy import Exchange, FaultProxy, refused
 
 
 @pytest.mark.parametrize("which", ["ministack", "moto"])
@@ -52,6 +53,20 @@ async def test_an_endpoint_that_does_not_exist_is_said(monkeypatch: pytest.Monke
         with pytest.raises(ConfigError, match=r"listing tables: .*Dualstack and local"):
             async with asking("listing tables"):
                 await dynamodb.list_tables()
+
+
+async def test_a_page_that_is_none_of_awss_is_tried_again(ministack: str) -> None:
+    """A proxy's, say, where XML is to come: the SDK's error for that is of none of its kinds."""
+
+    async def page(exchange: Exchange) -> bool:
+        return await exchange.answer(Answer(200, {"content-type": "text/html"}, b"<html><br>Wait</html>"))
+
+    async with FaultProxy(ministack) as proxy:
+        proxy.inject("sns.ListTopics", page)
+        async with open_client("sns", endpoint=proxy.url, attempts=1) as sns:
+            with pytest.raises(Retryable, match=r"^listing topics: ResponseParserError: .*invalid XML"):
+                async with asking("listing topics"):
+                    await sns.list_topics()
 
 
 @pytest.mark.parametrize(

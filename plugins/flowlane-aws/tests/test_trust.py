@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from flowlane.errors import Retryable
+from flowlane.errors import ConfigError, Retryable
 from flowlane_aws.clients import asking, open_client
 from tests import servers
 
@@ -107,6 +107,48 @@ async def test_a_certificate_is_good_for_its_name_only(
         monkeypatch.delenv("AWS_CA_BUNDLE")
         with pytest.raises(Retryable, match=r"certificate verify failed: self-signed.*: AWS_CA_BUNDLE names"):
             await queues(f"https://localhost:{port}")
+
+
+async def test_who_gives_credentials_has_a_name_too(
+    localhost: ssl.SSLContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The token with which a pod asks for credentials is worth as much as they are."""
+    told: list[bytes] = []
+
+    async def as_sts(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        told.append(await reader.readuntil(b"\r\n\r\n"))
+
+    (tmp_path / "token").write_text("secret")
+    for name in servers.CREDENTIALS:
+        if name != "AWS_REGION":
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/pod")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    async with listening(as_sts, ssl=localhost) as port:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"https://127.0.0.1:{port}")
+        with pytest.raises(Retryable, match=r"certificate is not valid for '127\.0\.0\.1'"):
+            await queues(f"https://localhost:{port}")
+        assert told == []
+
+
+async def test_an_empty_setting_trusts_nobody_more(
+    localhost: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_CA_BUNDLE", "")
+    async with listening(as_sqs, ssl=localhost) as port:
+        with pytest.raises(Retryable, match="certificate verify failed: self-signed"):
+            await queues(f"https://localhost:{port}")
+
+
+@pytest.mark.parametrize(("name", "why"), [("nowhere.pem", "No such file"), ("empty.pem", "no certificate")])
+async def test_certificates_that_cannot_be_read_are_said(
+    name: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty.pem").touch()
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / name))
+    with pytest.raises(ConfigError, match=rf"{name}: the certificates .* cannot be read \(.*{why}.*AWS_CA_B"):
+        await queues("https://localhost:1")
 
 
 async def test_all_clients_share_what_they_trust(ministack: str) -> None:

@@ -22,7 +22,6 @@ import aiohttp
 import botocore
 from aiobotocore.config import AioConfig
 from aiobotocore.hooks import AioHierarchicalEmitter
-from aiobotocore.session import AioSession
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
@@ -39,12 +38,12 @@ from botocore.exceptions import (
     ConnectionError as NoConnection,
 )
 from botocore.loaders import Loader, create_loader
-from botocore.parsers import DEFAULT_TIMESTAMP_PARSER
+from botocore.parsers import DEFAULT_TIMESTAMP_PARSER, ResponseParserError
 
 from flowlane.errors import ConfigError, FlowlaneError, Permanent, Retryable
 from flowlane.veil import conceal, remember
 from flowlane_aws.brisk import PIECE, BriskClient
-from flowlane_aws.trust import Connections
+from flowlane_aws.trust import Session
 
 #: Seconds for one call, all of its tries included, unless the caller says otherwise.
 PATIENCE: Final = 30.0
@@ -144,14 +143,13 @@ async def open_client(
     the operations that are worth the short way (see ``brisk``).
 
     Raises:
-        ConfigError: there is no region.
+        ConfigError: there is no region, or what AWS_CA_BUNDLE names cannot be read.
     """
     _keep_secrets()
-    session = AioSession(event_hooks=_handlers(), include_builtin_handlers=False)
+    session = Session(event_hooks=_handlers(), include_builtin_handlers=False)
     session.register_component("data_loader", _models())
     session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_moment)
     config = AioConfig(
-        http_session_cls=Connections,
         retries={"mode": "standard", "total_max_attempts": attempts},
         connect_timeout=5,
         read_timeout=read_timeout,
@@ -237,7 +235,7 @@ def _handlers() -> AioHierarchicalEmitter:
     """What the SDK does around each call, put together once a process: half of what is left. Every client
     gets a copy."""
     handlers = AioHierarchicalEmitter()
-    AioSession(event_hooks=handlers)
+    Session(event_hooks=handlers)
     return handlers
 
 
@@ -249,7 +247,7 @@ async def asking(
 
     Raises:
         ClientError: with a code that is in `passing`: the caller knows what it means.
-        Retryable: throttled, away, out of time, or the credentials have expired.
+        Retryable: throttled, away, out of time, no answer of AWS's, or the credentials have expired.
         ConfigError: what was asked for does not exist, lies elsewhere, or is not allowed.
         Permanent: AWS refuses it as it is.
     """
@@ -262,7 +260,7 @@ async def asking(
         raise told(error, what) from error
     except TimeoutError as error:
         raise Retryable(f"{what}: no answer within {seconds:g} s") from error
-    except (BotoCoreError, aiohttp.ClientError, OSError) as error:
+    except (BotoCoreError, ResponseParserError, aiohttp.ClientError, OSError) as error:
         raise told(error, what) from error
 
 

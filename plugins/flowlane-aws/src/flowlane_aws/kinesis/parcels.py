@@ -172,25 +172,20 @@ class Packs:
             self.stale = True
             self._astray.append((parcel, shard))
 
-    def replan(self, ranges: Ranges) -> None:
-        """What is not stored, or not where it belongs, is set out anew for the shards of `ranges`; nothing is
-        under way."""
-        again: dict[str, Sequence[ChannelRecord]] = {}
+    def replan(self, ranges: Ranges) -> list[ChannelRecord]:
+        """What is not stored, or not where it belongs: to be added again, before anything else is, for the
+        shards of `ranges`. Nothing is under way."""
+        again: list[Sequence[ChannelRecord]] = []
         for parcel, shard in self._astray:
             if all(ranges.holds(shard, record.key) for record in parcel.records):
                 self.left -= len(parcel.records)
             else:
-                again[parcel.line] = parcel.records
-        waiting, loads, piles = self.lines.drain(), self._loads, self._piles
+                again.append(parcel.records)
+        again += [parcel.records for parcel in chain.from_iterable(self.lines.drain().values())]
+        again += [load.records for load in self._loads]
+        again += [pile.records for pile in self._piles]
         self._set_out(ranges)
-        for records in again.values():
-            self.add(records)
-        for parcel in chain.from_iterable(waiting.values()):
-            self.add(parcel.records)
-        for load in loads:
-            self.add(load.records)
-        for pile in piles:
-            self.add(pile.records)
+        return [*chain.from_iterable(again)]
 
 
 def single(record: ChannelRecord, key: str) -> Entry:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, Final
 
 from botocore.exceptions import ClientError
@@ -123,7 +124,7 @@ class Producer:
             for call, results in await flights.landed() if flights else ():
                 self._settle(plan, call, results)
             if isinstance(plan, Packs) and plan.stale and not flights:
-                await self._replan(plan)
+                slices = chain(_slices(await self._replan(plan)), slices)
 
     async def _fill(
         self, plan: _Plan, slices: Iterator[Sequence[ChannelRecord]], flights: Flights[_Answer]
@@ -199,13 +200,13 @@ class Producer:
         else:
             self._pace = max(_PACE, self._pace)
 
-    async def _replan(self, plan: Packs) -> None:
+    async def _replan(self, plan: Packs) -> list[ChannelRecord]:
         """The stream's shards have changed: `plan` is made for those it has now. See ``Packs.replan``."""
         if plan.plans == TRIES:
             raise Retryable(f"{self._what}: its shards change faster than records are put", delay=_SLOWEST)
         await self._clock.sleep((plan.plans - 1) * _PACE * self._clock.random())
         self._ranges = await ranges_of(self._client, self._stream)
-        plan.replan(self._ranges)
+        return plan.replan(self._ranges)
 
 
 def _slices(records: Sequence[ChannelRecord]) -> Iterator[Sequence[ChannelRecord]]:
