@@ -198,8 +198,8 @@ async def test_the_checkpoint_and_the_effects_of_a_zombie_are_refused(
         assert {event.id[:16] for event in stream[began[-1].version :]} == {began[-1].id[:16]}
     leases = await listed(app.backend.read(stream_of("rows/apply", "shardId-000000000000", "stage")))
     owners = [json.loads(bytes(event.data)).get("owner", "") for event in leases]
-    # The zombie, its successor; in the end nobody. In between the zombie may have asked for the shard, since it
-    # had nothing to do, or have taken it from who ended before it: after a1.
+    # The zombie, its successor; in the end nobody. In between the zombie may have asked for the shard, having
+    # nothing to do, or have taken it from who ended before it: after a1.
     first, second, *_, last = (owner for owner, _ in groupby(owners))
     assert "" not in (first, second)
     assert last == ""
