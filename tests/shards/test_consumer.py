@@ -19,7 +19,7 @@ from flowlane.ports import Append, ChannelBatch, ChannelRecord, Commit
 from flowlane.shards import ShardedChannel
 from flowlane.shards.leases import Lease, Leases, stream_of
 from flowlane.testing.channel_suite import close, numbers, records
-from flowlane.testing.clock import FATE, Fate, VirtualLoop
+from flowlane.testing.clock import FATE, Fate, VirtualLoop, run
 from flowlane.testing.sharded import MemoryShards
 from flowlane.testing.units import within
 from tests.shards.stream import FlowingClock
@@ -684,16 +684,21 @@ async def test_children_are_found_when_their_parent_ends() -> None:
     await worker.stop()
 
 
-async def test_what_comes_before_the_last_look_is_seen() -> None:
-    stream = Stream(4)
-    await stream.fill(1)
-    seen = 0
-    async for batch in stream.process().consume("c"):
-        seen += len(batch.records)
-        await batch.settle()
-        if seen < 40:
-            await stream.put(stream.shards.open[seen % 4], seen, 1)
-    assert seen >= 40
+def test_what_comes_before_the_last_look_is_seen() -> None:
+    """In whatever order: what is put, the look at a shard and the question may be of one moment."""
+
+    async def consumed(_: VirtualLoop) -> int:
+        stream = Stream(4)
+        await stream.fill(1)
+        seen = 0
+        async for batch in stream.process().consume("c"):
+            seen += len(batch.records)
+            await batch.settle()
+            if seen < 40:
+                await stream.put(stream.shards.open[seen % 4], seen, 1)
+        return seen
+
+    assert min(run(consumed, seed=seed) for seed in range(50)) >= 40
 
 
 async def test_who_is_busy_takes_nothing() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Sequence
-from math import inf
 from typing import Protocol
 
 from flowlane.ports import ChannelRecord
@@ -16,8 +15,9 @@ class Held:
     """The page at hand, from ``at`` on nothing of it is settled, and the batch of it that is ``out``.
 
     ``touched``: a moment (``Clock.monotonic``) before the last event of ours was appended to the lease.
-    ``idle`` is set while all that is at hand has been settled. ``looked``: when (loop time) the last look
-    began that found the end of what the shard has. ``lost``: it is another's, or about to be.
+    ``idle`` is set while all that is at hand has been settled. ``looked``: how often a batch had been asked
+    for when the last look began that found the end of what the shard has. ``lost``: it is another's, or about
+    to be.
     """
 
     def __init__(self, shard: Shard, lease: Lease, touched: float) -> None:
@@ -31,7 +31,7 @@ class Held:
         self.lost = False
         self.idle = asyncio.Event()
         self.idle.set()
-        self.looked = -inf
+        self.looked = 0
         self.task: asyncio.Task[None] | None = None
 
     @property

@@ -62,7 +62,8 @@ class Worker:
         self._held: dict[str, Held] = {}
         self._wanted: set[str] = set()  # what may be ours by now, or be owed to us, and is not held yet
         self._surveyed = -inf
-        self._asking: float | None = None  # since when (loop time) somebody waits for a batch
+        self._asking = False  # whether somebody waits for a batch
+        self._asked = 0  # how often somebody has begun to
         self._asked_last = -inf
         self._starving: float | None = None  # since when (Clock.monotonic) there was none
         self._turn = 0
@@ -104,8 +105,8 @@ class Worker:
             ConfigError: the stream cannot be read.
         """
         loop = asyncio.get_running_loop()
-        self._asking = loop.time()
-        end = self._asking + self._wait
+        self._asking, self._asked = True, self._asked + 1
+        end = loop.time() + self._wait
         try:
             while True:
                 seen = self._news.count
@@ -119,11 +120,11 @@ class Worker:
                     self._starving = self._clock.monotonic()
                     self._bell()
                 left = end - loop.time()
-                if left <= 0 and await self._is_over(self._asking):
+                if left <= 0 and await self._is_over():
                     return None
                 await self._news.wait(seen, min(left, self._tick) if left > 0 else self._tick)
         finally:
-            self._asking = None
+            self._asking = False
             self._asked_last = self._clock.monotonic()
 
     async def _hand_out(self) -> Batch | None:
@@ -140,13 +141,13 @@ class Worker:
                 return held.hand_out(self, self._limit)
         return None
 
-    async def _is_over(self, began: float) -> bool:
-        """Whether all that there is has been seen: each shard of ours was looked at since `began`, and behind
-        what others hold there is nothing. What is handed out already is nothing to wait for."""
+    async def _is_over(self) -> bool:
+        """Whether all that there is has been seen: each shard of ours was looked at since somebody asked, and
+        behind what others hold there is nothing. What is handed out already is nothing to wait for."""
         try:
             await self._survey()
             for held in self._held.values():
-                if held.out is None and not (held.idle.is_set() and held.looked >= began):
+                if held.out is None and not (held.idle.is_set() and held.looked == self._asked):
                     return False
             for view in self._outlook.views():
                 if view.shard in self._held:
@@ -223,7 +224,7 @@ class Worker:
             self._drop(held)
         if kind in _TELLING or (lease.owner == self.me and held is None):
             self._bell()
-        if self._asking is not None:
+        if self._asking:
             self._news()
 
     # ----------------------------------------------------------------- the keeper
@@ -270,7 +271,7 @@ class Worker:
             await beside(self._give_up, [held for held in self._held.values() if self._is_due(held)])
             self._adopt()
             self._surveyed = began
-            if self._asking is None and began - self._asked_last >= self._tick:
+            if not self._asking and began - self._asked_last >= self._tick:
                 return  # nobody would handle what is taken now
             await self._outlook.look_around(self.me)
             now = self._clock.monotonic()
@@ -352,10 +353,10 @@ class Worker:
 
     async def _read(self, held: Held) -> None:
         """Read the shard to its end. The next page waits until all of the one before is settled."""
-        loop = asyncio.get_running_loop()
         reader = self._shards.read(held.shard, held.place)
         while True:
-            began, before = loop.time(), held.looked
+            # By count, not by the clock: of a look and a question at one moment, either may be the earlier.
+            asked, before = self._asked, held.looked
             page = await self._insist(reader.page, "a shard is read")
             if page.records:
                 await held.idle.wait()
@@ -364,8 +365,8 @@ class Worker:
                 await held.idle.wait()
                 await self._end(held)
             elif not page.behind:
-                held.looked = began
-            if page.records or page.ended or (self._asking is not None and before < self._asking <= began):
+                held.looked = asked
+            if page.records or page.ended or (self._asking and before < asked == self._asked):
                 self._news()  # at the end of a shard once for each time somebody asks, not at each look
             if page.ended:
                 return
