@@ -37,6 +37,8 @@ _AWAY = 6
 #: is no longer kept.
 AGAIN = 5.0
 PATIENCE = 20.0
+#: Seconds after the first of those held is settled that more are received, however few have been by then.
+_FILL = 0.2
 #: Seconds after which slots look whether the loop has turned, and after as many more wait until it has.
 _TURN = 0.0025
 
@@ -81,7 +83,8 @@ class _Station:
         self.slots = [Slot() for _ in range(self.concurrency)]
         self.held: dict[int, tuple[Delivery, float]] = {}  # by its id: a delivery, and its lease since when
         self.target = self.concurrency
-        self.room: asyncio.Future[None] | None = None
+        self.room: asyncio.Future[None] | None = None  # whoever receives waits for it
+        self.making: asyncio.Future[None] | None = None  # the room that comes by itself in a moment
         self.renewal: asyncio.Task[None] | None = None
         self.settled = 0
         self.since = 0.0
@@ -104,8 +107,13 @@ class _Station:
         if self.conveyor is not None:
             self.conveyor.released(delivery)
         room = self.room
-        if room is not None and not room.done() and len(self.held) * 2 <= self.target:
-            room.set_result(None)
+        if room is not None and not room.done():
+            # Half of what may be held at a time, or what there is in a moment: no slot is idle for long.
+            if len(self.held) * 2 <= self.target:
+                room.set_result(None)
+            elif self.making is not room:
+                self.making = room
+                asyncio.get_running_loop().call_later(_FILL, _done, room)
 
     def adapt(self, now: float) -> None:
         """Hold from now on what is worked off in ``HORIZON`` at the pace since the last call."""
@@ -282,15 +290,15 @@ class Pump:
     async def until(self, condition: Awaitable[None]) -> None:
         """Work until `condition` returns, or the deadline is near."""
         waiting = asyncio.ensure_future(condition)
+        near = asyncio.ensure_future(self.deadline.comes(self.engine.clock))
         try:
-            while not waiting.done() and not self.deadline.near(self.engine.clock.monotonic()):
-                left = self.deadline.left(self.engine.clock.monotonic())
-                await asyncio.wait([waiting], timeout=min(0.2, left))
+            await asyncio.wait([waiting, near], return_when=asyncio.FIRST_COMPLETED)
             if waiting.done():
                 waiting.result()
         finally:
             waiting.cancel()
-            await asyncio.gather(waiting, return_exceptions=True)
+            near.cancel()
+            await asyncio.gather(waiting, near, return_exceptions=True)
 
     async def _receive(self, station: _Station) -> None:
         clock = self.engine.clock
@@ -302,9 +310,9 @@ class Pump:
                 station.adapt(clock.monotonic())
             room = station.target - len(station.held)
             if room <= 0 or self.deadline.near(clock.monotonic()):
-                station.room = loop.create_future()
+                station.room = room_made = loop.create_future()
                 try:
-                    await asyncio.wait([station.room], timeout=0.2)
+                    await room_made  # cancelled when nothing more is to be taken
                 finally:
                     station.room = None
                 continue
@@ -483,11 +491,10 @@ class Pump:
 
     def _give_up(self, station: _Station, slot: Slot, now: float) -> None:
         """Keep the lease no longer, where a handler was told to end and has not: somebody else may try."""
-        if now - slot.since < PATIENCE or station.held.pop(id(slot.delivery), None) is None:
-            return
         assert slot.delivery is not None
-        if station.conveyor is not None:
-            station.conveyor.released(slot.delivery)
+        if now - slot.since < PATIENCE or id(slot.delivery) not in station.held:
+            return
+        station.release(slot.delivery)
         if slot.attempt is not None:
             slot.attempt.lost = True
         logger.warning(
@@ -537,6 +544,11 @@ class Pump:
                 if slot.why is None:
                     logger.warning("%s: its lease was lost, the attempt is given up", delivery.event.subject)
                     slot.interrupt(Fenced(f"the lease on {delivery.event.subject} was lost"), now)
+
+
+def _done(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def _failure(task: asyncio.Task[None]) -> BaseException | None:
