@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,6 +49,22 @@ async def test_news_that_came_while_one_looked_are_not_missed() -> None:
     seen = news.count
     news()
     await within(30, news.wait(seen, 60))
+
+
+@pytest.mark.parametrize("wanted", [("orders",), ("items", "orders"), ()])
+@pytest.mark.parametrize("told", [("orders", "customers"), ()])
+async def test_news_wake_those_who_wait_for_them(wanted: Sequence[str], told: Sequence[str]) -> None:
+    news = News()
+    async with asyncio.TaskGroup() as tasks:
+        others = tasks.create_task(news.wait(news.count, 60, ("customs",)))
+        waiting = tasks.create_task(news.wait(news.count, 60, wanted))
+        await asyncio.sleep(0)
+        seen = news.count
+        news(told)
+        await within(30, waiting)
+        assert others.done() == (not told)
+        await within(30, news.wait(seen, 60, wanted))  # who looked meanwhile does not wait
+        news(("customs",))
 
 
 async def test_no_news_is_an_end_too() -> None:
@@ -134,7 +150,7 @@ async def test_who_waits_is_woken_by_a_rewind(channel: Channel) -> None:
     for _ in range(5):
         await asyncio.sleep(0)
     await channel.rewind("c")
-    assert [record.data for record in (await within(10, waiting)).records] == [b"1"]
+    assert [record.data for record in (await within(30, waiting)).records] == [b"1"]
 
 
 async def test_a_hold_that_ran_out_is_nobodys(channel: Channel, clock: ManualClock) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 
 import msgspec
 
@@ -164,31 +164,44 @@ def copy_tally(tally: RunTally) -> RunTally:
 
 
 class News:
-    """Something was written that receivers or consumers of this process may wait for."""
+    """Something was written that receivers or consumers of this process may wait for, each for some names (of
+    stages, of channels) or for whatever comes."""
 
     def __init__(self) -> None:
         self._count = 0
-        self._waiters: dict[asyncio.Future[None], None] = {}  # in order: simulations depend on it
+        self._latest: dict[str, int] = {}  # of each name, as the count was then
+        self._latest_of_all = 0
+        # In order: simulations depend on it.
+        self._waiters: dict[asyncio.Future[None], Collection[str]] = {}
 
-    def __call__(self) -> None:
+    def __call__(self, names: Collection[str] = ()) -> None:
+        """There are news of `names`; if there are none of these, of everything."""
         self._count += 1
-        for waiter in self._waiters:
-            _wake(waiter)
+        if not names:
+            self._latest_of_all = self._count
+        for name in names:
+            self._latest[name] = self._count
+        for waiter, wanted in self._waiters.items():
+            if not (names and wanted) or any(name in names for name in wanted):
+                _wake(waiter)
 
     @property
     def count(self) -> int:
         """How often there were news; taken before one looks, and given to ``wait`` if one found nothing."""
         return self._count
 
-    async def wait(self, seen: int, seconds: float) -> None:
-        """Return when there are news since `seen`, after `seconds` at the latest."""
-        if seen != self._count:
+    async def wait(self, seen: int, seconds: float, names: Collection[str] = ()) -> None:
+        """Return when there are news of `names` (if there are none of these: any news) since `seen`, after
+        `seconds` at the latest."""
+        if seen != self._count and (
+            not names or max(self._latest_of_all, *[self._latest.get(name, 0) for name in names]) > seen
+        ):
             return
         # Receivers that find nothing do little else than this; an event and a timeout cost twice as much.
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[None] = loop.create_future()
         timer = loop.call_later(seconds, _wake, waiter)
-        self._waiters[waiter] = None
+        self._waiters[waiter] = names
         try:
             await waiter
         finally:
@@ -207,8 +220,10 @@ async def consume(
     news: News,
     wait: float,
     poll: float,
+    names: Collection[str] = (),
 ) -> AsyncIterator[ChannelBatch]:
-    """What ``Channel.consume`` promises, made of `find` and `give_up`.
+    """What ``Channel.consume`` promises, made of `find` and `give_up`; of new records there are `news` under
+    `names`.
 
     `find` answers with the next batch; or in how many seconds a partition that another consumer holds becomes
     free; or with ``None``. `give_up` frees what was handed out and not settled.
@@ -229,6 +244,6 @@ async def consume(
                 return
             pauses = [seconds for seconds in (found, left if left > 0 else None) if seconds is not None]
             # At least a millisecond: a difference too small to move the clock would be asked for without end.
-            await news.wait(seen, max(0.001, min(*pauses, poll)))
+            await news.wait(seen, max(0.001, min(*pauses, poll)), names)
     finally:
         give_up()

@@ -108,7 +108,7 @@ class _Delivery(msgspec.Struct, eq=False, gc=False):
         backend._expire()
         if backend._release(self):
             backend._put(self.event, self.stage, self.attempt, delay, self.group)
-            backend._news()
+            backend._news((self.stage,))
 
     async def extend(self, seconds: float) -> bool:
         self.backend._expire()
@@ -200,13 +200,13 @@ class MemoryBackend:
     async def commit(self, work: Sequence[Commit]) -> Sequence[Committed | VersionConflict]:
         fit = checked(work)
         puts: dict[int, Sequence[_Put]] = {}
-        ways = [publish.via for commit in fit for publish in commit.publish]
-        if "channel" in ways:
+        published = [publish for commit in fit for publish in commit.publish]
+        if "channel" in [publish.via for publish in published]:
             puts = {n: _puts(commit) for n, commit in enumerate(fit)}  # before any is applied
         self._expire()
         answers = [self._apply(commit, puts.get(n, ())) for n, commit in enumerate(fit)]
-        if ways:
-            self._news()
+        if published:
+            self._news({publish.stage for publish in published})
         for n, ack in [(n, c.ack) for n, c in enumerate(fit) if c.ack and type(c.ack) is not _Delivery]:
             if type(answers[n]) is Committed:
                 await ack.ack()  # it was brought by another than the queue
@@ -340,7 +340,7 @@ class MemoryBackend:
             taken = self._take(stages, limit, lease)
             if taken or wait <= 0 or (left := end - loop.time()) <= 0:
                 return taken
-            await self._news.wait(self._news.count, min(left, self._next(stages)))
+            await self._news.wait(self._news.count, min(left, self._next(stages)), stages)
 
     def _take(self, stages: Sequence[str], limit: int, lease: float) -> list[Delivery]:
         now = self._expire()
@@ -393,7 +393,7 @@ class MemoryBackend:
         if behind[group]:
             event, due = behind[group].popleft()
             self._put(event, stage, 0, due - self._clock.monotonic(), group)
-            self._news()
+            self._news((stage,))
         else:
             del behind[group]
 
@@ -414,8 +414,8 @@ class MemoryBackend:
             for delivery in held:
                 delivery.lease = None
                 self._put(delivery.event, delivery.stage, delivery.attempt, 0, delivery.group)
+                self._news((delivery.stage,))
             held.clear()  # the struct is unknown to the garbage collector: no cycle may be left
-            self._news()
         return now
 
     def _release(self, delivery: _Delivery) -> bool:

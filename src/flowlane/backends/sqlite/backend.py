@@ -38,7 +38,7 @@ class _Delivery(msgspec.Struct, eq=False, gc=False):
     backend: SqliteBackend
 
     async def ack(self) -> None:
-        await self.backend.writer.submit(Ack(self.lease, bool(self.event.partitionkey)))
+        await self.backend.writer.submit(Ack(self.lease, (self.stage,) if self.event.partitionkey else ()))
 
     async def nack(self, *, delay: float = 0) -> None:
         await self.backend.writer.submit(Nack(self.lease, delay))
@@ -74,18 +74,19 @@ class SqliteBackend:
 
     async def commit(self, work: Sequence[Commit]) -> Sequence[Committed | VersionConflict]:
         prepared: list[Prepared] = []
-        moves_up = False  # behind what is acked: the next of its group
+        moved: set[str] = set()  # where the next of a group moves up behind what is acked
         carried: list[tuple[int, Delivery]] = []  # which another than the queue has brought
         for number, commit in enumerate(checked(work)):
             delivery = commit.ack
             lease = None
             if isinstance(delivery, _Delivery):
                 lease = delivery.lease
-                moves_up = moves_up or delivery.event.partitionkey != ""
+                if delivery.event.partitionkey:
+                    moved.add(delivery.stage)
             elif delivery is not None:
                 carried.append((number, delivery))
             prepared.append(prepare(commit, lease))
-        answers: Sequence[Committed | VersionConflict] = await self.writer.submit(Work(prepared, moves_up))
+        answers: Sequence[Committed | VersionConflict] = await self.writer.submit(Work(prepared, moved))
         for number, delivery in carried:
             if isinstance(answers[number], Committed):
                 await delivery.ack()
@@ -120,7 +121,7 @@ class SqliteBackend:
             left = end - loop.time()
             if taken or left <= 0:
                 return taken
-            await self._news.wait(seen, min(left, POLL))
+            await self._news.wait(seen, min(left, POLL), stages)
 
     async def _take(self, stages: Sequence[str], limit: int, lease: float) -> Sequence[Delivery]:
         if not stages:

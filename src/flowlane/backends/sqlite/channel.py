@@ -86,10 +86,9 @@ _ALL: Final = str(list(range(PARTITIONS)))
 
 
 class _Put(Change):
-    wakes = True
-
     def __init__(self, channel: str, records: Sequence[ChannelRecord]) -> None:
         self.channel, self.records = channel, records
+        self.wakes = (channel,)
         self.size = sum([len(record.data) for record in records])
 
     def run(self, connection: sqlite3.Connection, now: int) -> None:
@@ -100,7 +99,7 @@ class _Next:
     """The answer is a partition, the owner of the hold on it and its next records as JSON; or in how many
     seconds another consumer's hold ends; or ``None``."""
 
-    wakes = False
+    wakes = ()
     size = 0
 
     def __init__(
@@ -145,10 +144,9 @@ class _Next:
 
 
 class _Settle(Change):
-    wakes = True
-
     def __init__(self, mine: tuple[str, str, int, str], position: int) -> None:
         self.row = (position, *mine)
+        self.wakes = (mine[0],)
 
     def run(self, connection: sqlite3.Connection, now: int) -> None:
         connection.execute(_SETTLE, self.row)
@@ -165,20 +163,18 @@ class _Extend(Change):
 
 
 class _GiveUp(Change):
-    wakes = True
-
     def __init__(self, channel: str, consumer: str, owner: str) -> None:
         self.row = (channel, consumer, owner)
+        self.wakes = (channel,)
 
     def run(self, connection: sqlite3.Connection, now: int) -> None:
         connection.execute(_GIVE_UP, self.row)
 
 
 class _Rewind(Change):
-    wakes = True
-
     def __init__(self, channel: str, consumer: str, positions: Mapping[int, int]) -> None:
         self.rows = [(channel, consumer, where, position) for where, position in positions.items()]
+        self.wakes = (channel,)
 
     def run(self, connection: sqlite3.Connection, now: int) -> None:
         for row in self.rows:
@@ -188,7 +184,7 @@ class _Rewind(Change):
 class _Look:
     """The answer is a ``Lag`` for each partition that has records, as JSON."""
 
-    wakes = False
+    wakes = ()
     size = 0
 
     def __init__(self, channel: str, consumer: str) -> None:
@@ -261,7 +257,7 @@ class SqliteChannel:
         def give_up() -> None:
             self._writer.leave(_GiveUp(self._name, consumer, owner))
 
-        return consume(find, give_up, self._news, wait, POLL)
+        return consume(find, give_up, self._news, wait, POLL, (self._name,))
 
     async def lag(self, consumer: str) -> Sequence[Lag]:
         text = await self._writer.submit(_Look(self._name, consumer))

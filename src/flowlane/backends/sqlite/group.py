@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from math import ceil
 from types import MappingProxyType
 from typing import Any, Final
@@ -75,15 +75,17 @@ class Prepared(msgspec.Struct, gc=False):
 
 
 class Work:
-    """One call of ``Backend.commit``: a request to the writer. `wakes`: it does so even if it publishes
-    nothing."""
+    """One call of ``Backend.commit``: a request to the writer. It wakes `moved`, the stages where something
+    may be due when it is done, besides those of what it publishes."""
 
     __slots__ = ("commits", "size", "wakes")
 
-    def __init__(self, commits: list[Prepared], wakes: bool) -> None:
+    def __init__(self, commits: list[Prepared], moved: Collection[str]) -> None:
         self.commits = commits
         self.size = sum(commit.size for commit in commits)
-        self.wakes = wakes or any(commit.publish or commit.puts for commit in commits)
+        self.wakes = {row[1] for commit in commits for row in commit.publish}
+        self.wakes.update(moved)
+        self.wakes.update([channel for commit in commits for channel, _ in commit.puts])
 
     def abandoned(self, answer: Any) -> None:
         """Nothing: the commits stand."""

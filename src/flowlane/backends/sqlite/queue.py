@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from math import ceil
 from typing import Any, Final
 
@@ -67,7 +67,7 @@ class Receive:
     JSON.
     """
 
-    wakes = False
+    wakes: Collection[str] | None = ()
     size = 0
 
     def __init__(
@@ -146,7 +146,7 @@ class Receive:
 class Change:
     """A request that always writes, and that stands even if its caller is gone."""
 
-    wakes = False
+    wakes: Collection[str] | None = ()
     size = 0
 
     def peek(self, connection: sqlite3.Connection, now: int) -> Any:
@@ -159,7 +159,7 @@ class Change:
 class Release(Change):
     """Entries that were leased for somebody who is gone: due now, and not counted as an attempt."""
 
-    wakes = True
+    wakes = None
 
     def __init__(self, ids: str, lease: int) -> None:
         self.ids, self.lease = ids, lease
@@ -173,9 +173,9 @@ class Release(Change):
 
 
 class Ack(Change):
-    """The entry is gone, if it is still leased so. `wakes`: it may be the turn of another then."""
+    """The entry is gone, if it is still leased so. `wakes`: where it may be the turn of another then."""
 
-    def __init__(self, lease: tuple[int, int], wakes: bool) -> None:
+    def __init__(self, lease: tuple[int, int], wakes: Collection[str]) -> None:
         self.lease, self.wakes = lease, wakes
 
     def run(self, connection: sqlite3.Connection, now: int) -> None:
@@ -185,7 +185,7 @@ class Ack(Change):
 class Nack(Change):
     """The entry is due again after `delay`, if it is still leased so."""
 
-    wakes = True
+    wakes = None
 
     def __init__(self, lease: tuple[int, int], delay: float) -> None:
         self.lease, self.delay = lease, delay

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, Final, Protocol
@@ -35,8 +35,9 @@ class Request(Protocol):
         ...
 
     @property
-    def wakes(self) -> bool:
-        """Whether receivers and consumers that wait should look again."""
+    def wakes(self) -> Collection[str] | None:
+        """Of which stages and channels receivers and consumers that wait should look again; ``None``: of
+        all."""
         ...
 
     def peek(self, connection: sqlite3.Connection, now: int) -> Any:
@@ -63,13 +64,13 @@ class _Pending:
 
 
 class Writer:
-    """Requests in, answers out. `news` is called on the loop after each transaction that woke somebody.
+    """Requests in, answers out. `news` is called on the loop after each transaction that wakes somebody.
 
     A caller that is cancelled leaves its request behind, which is done all the same. What was submitted
     before the context is left is done before it is.
     """
 
-    def __init__(self, settings: Settings, clock: Clock, news: Callable[[], None]) -> None:
+    def __init__(self, settings: Settings, clock: Clock, news: Callable[[Collection[str]], None]) -> None:
         self._settings, self._clock, self._news = settings, clock, news
         self._wall = Wall(clock)
         self._connection: sqlite3.Connection | None = None
@@ -231,7 +232,8 @@ class Writer:
         self._ended.set_result(None)
 
     def _answer(self, group: Sequence[_Pending]) -> None:
-        wakes = False
+        names: set[str] = set()
+        everybody = False
         for pending in group:
             if pending.future.done():  # cancelled
                 if pending.error is None:
@@ -240,6 +242,8 @@ class Writer:
                 pending.future.set_exception(pending.error)
             else:
                 pending.future.set_result(pending.answer)
-            wakes = wakes or pending.request.wakes
-        if wakes:
-            self._news()
+            wakes = pending.request.wakes
+            everybody = everybody or wakes is None
+            names.update(wakes or ())
+        if everybody or names:
+            self._news(() if everybody else names)
