@@ -69,7 +69,9 @@ CASE = Case(
     [
         Bar("responder", "peak", "at most", 150),
         Bar("responder", "invocations", "at least", 3),
+        Bar("responder", "share", "at most", 1),
         Bar("MiniStack, 200 MB", "peak", "at most", 150),
+        Bar("MiniStack, 200 MB", "share", "at most", 1),
     ],
     rounds=1,
 )
@@ -145,7 +147,6 @@ def main(kind: str, endpoint: str, size: int, deadline: float, scratch: Path) ->
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     peak = peak_mb()
     assert (report["outcome"], report["units"]["settled"]) == ("settled", 1), report
-    assert longest <= deadline, f"an invocation took {longest:.1f} s"
     check(endpoint, size) if kind == "responder" else asyncio.run(compare())
     return {
         "speed": size / seconds / 1e6,
@@ -154,6 +155,7 @@ def main(kind: str, endpoint: str, size: int, deadline: float, scratch: Path) ->
         "peak": peak,
         "invocations": float(invocations),
         "longest": longest,
+        "share": longest / deadline,
     }
 
 

@@ -5,10 +5,13 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-# Fewer examples than by default, where a test does not say how many: `make test` is to take minutes.
-settings.register_profile("suite", max_examples=60)
+# Fewer examples than by default, where a test does not say how many: `make test` is to take minutes. How long
+# one of them takes says more of the machine, which may stall for seconds, than of what is tested.
+settings.register_profile(
+    "suite", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("suite")
 
 # Every process of `make test` collects all tests and keeps them: a third of that time went into looking for

@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -38,6 +39,20 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@contextmanager
+def _reserved() -> Iterator[int]:
+    """A port of 127.0.0.1 for a server that is about to start. While the context is open nobody is given it
+    who asks for any, and one may listen on it: a server takes seconds to start on a busy machine, on which
+    others open ports all the time."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        port = int(held.getsockname()[1])
+        if sys.platform != "linux":
+            held.close()  # elsewhere an address is not shared, even with one that does not listen
+        yield port
+
+
 def environment(endpoint: str) -> Mapping[str, str]:
     """What points the SDK at the stand-in at `endpoint`, and nowhere else."""
     return {**CREDENTIALS, "AWS_ENDPOINT_URL": endpoint}
@@ -46,7 +61,11 @@ def environment(endpoint: str) -> Mapping[str, str]:
 @contextmanager
 def server(kind: Literal["ministack", "moto", "kinesalite"], log: Path | None = None) -> Iterator[str]:
     """A new, empty stand-in, as its endpoint; killed with the context."""
-    port = free_port()
+    with _reserved() as port:
+        yield from _serving(kind, port, log)
+
+
+def _serving(kind: str, port: int, log: Path | None) -> Iterator[str]:
     endpoint = f"http://127.0.0.1:{port}"
     if kind == "kinesalite":
         # How long streams take to be made and shards to be split: half a second each otherwise.
@@ -84,7 +103,7 @@ def reset(endpoint: str) -> None:
     """Forget all that a stand-in holds, MiniStack or moto."""
     for path in ("/_ministack/reset", "/moto-api/reset"):
         try:
-            with urllib.request.urlopen(urllib.request.Request(endpoint + path, method="POST"), timeout=10):
+            with urllib.request.urlopen(urllib.request.Request(endpoint + path, method="POST"), timeout=60):
                 return
         except OSError:
             continue
@@ -92,7 +111,7 @@ def reset(endpoint: str) -> None:
 
 
 def _await_answer(url: str, process: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 90
     while time.monotonic() < end:
         if process.poll() is not None:
             raise RuntimeError(f"the server ended with code {process.returncode}: run `make setup`")
@@ -105,4 +124,4 @@ def _await_answer(url: str, process: subprocess.Popen[bytes]) -> None:
             time.sleep(0.02)
         except OSError:
             time.sleep(0.02)
-    raise RuntimeError(f"{url} did not answer within 30 s")
+    raise RuntimeError(f"{url} did not answer within 90 s")

@@ -349,7 +349,11 @@ async def test_of_many_no_more_are_held_than_have_some_mib(tmp_path: Path) -> No
     sizes=st.tuples(*[st.sampled_from([1, 40, 200, 1 << 20])] * 2),
     count=st.sampled_from([1, 2, 100]),
 )
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 def test_many_members_are_those_of_zipfile(
     tmp_path: Path,
     members: list[tuple[bytes, int]],

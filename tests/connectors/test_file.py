@@ -334,14 +334,16 @@ async def test_cancelling_leaks_no_files(store: FileStore, base: str, tmp_path: 
                 await upload.write(block)
             await upload.commit()
 
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before, cut = len(list(Path("/proc/self/fd").iterdir())), 0
     for n in range(100):
         task = asyncio.ensure_future(copy(n))
         for _ in range(n):
             await asyncio.sleep(0)
         task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        (ended,) = await asyncio.gather(task, return_exceptions=True)
+        assert isinstance(ended, asyncio.CancelledError | None)
+        cut += ended is not None
+    assert cut >= 50  # each hop takes some turns; where this thread gets few, the others are done by then
     assert len(list(Path("/proc/self/fd").iterdir())) <= before
     for path in tmp_path.iterdir():  # one that was cancelled behind its commit is there, and whole
         assert parts.is_part(path.name) or path.read_bytes() == (tmp_path / "big").read_bytes()

@@ -282,7 +282,11 @@ async def test_a_stored_member_that_was_kept_from_its_proof_is_gone_on_with(tmp_
     size=st.integers(1, 300),
     rows=st.integers(1, 7),
 )
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 def test_from_every_batch_on_the_same_batches_come(
     tmp_path: Path, method: int, name: str, notes: list[str], size: int, rows: int
 ) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import json
 import os
+import time
 import zlib
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -282,16 +283,16 @@ async def test_the_loop_goes_on_while_a_bomb_is_read(tmp_path: Path, environment
 
     async def watch() -> None:
         nonlocal longest
-        clock = environment.clock
-        last = clock.monotonic()
+        last = time.thread_time()  # of CPU, as the machine may stall; a turn of the loop takes 2 ms
         while True:
-            await clock.sleep(0.001)
-            longest, last = max(longest, clock.monotonic() - last), clock.monotonic()
+            await environment.clock.sleep(0.001)
+            now = time.thread_time()
+            longest, last = max(longest, now - last), now
 
     watching = asyncio.create_task(watch())
     assert [r["id"] for r in await all_of(f"file://{path}", environment)] == ["1", "2"]
     watching.cancel()
-    assert longest < 1
+    assert longest < 0.25
 
 
 # --------------------------------------------------------------------------- sink

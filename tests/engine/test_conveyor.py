@@ -200,21 +200,27 @@ async def test_a_hold_that_is_lost_ends_what_is_at_work(bench: Bench) -> None:
 async def test_a_partition_that_is_lost_and_handed_out_again_is_worked_off_once(bench: Bench) -> None:
     """To the same process, before it could know of the loss."""
     begun: list[str] = []
+    interrupted: list[str] = []
 
     async def apply(event: Event, ctx: Context) -> None:
         begun.append(named(event))
-        await asyncio.sleep(2)
+        try:
+            await asyncio.sleep(2)
+        except asyncio.CancelledError:
+            interrupted.append(named(event))
+            raise
 
     lane, _ = channeled(apply, ["a1", "a2", "a3"])
     async with bench.app(lane) as app:
         await discover(app, "1")
         async with Pump(app.engine, Deadline(), only="apply"):
-            await asyncio.sleep(1)
+            await asyncio.sleep(0.5)  # and not when its hold is renewed anyway
             await bench.backend.channel(QUEUE).rewind(CONSUMER)
             await asyncio.sleep(0.1)
-            assert begun == ["a1", "a1"], "the first was interrupted at once"
+            assert interrupted == ["a1"], "at once; when it is begun again, the order of tasks decides"
             await asyncio.sleep(30)
     assert begun == ["a1", "a1", "a2", "a3"]
+    assert interrupted == ["a1"]
 
 
 @virtual
@@ -579,7 +585,7 @@ async def test_what_is_parked_is_kept_as_far_as_an_event_can(bench: Bench) -> No
 @virtual
 async def test_a_stream_that_the_log_knows_late_is_no_reason_to_park(bench: Bench) -> None:
     done: list[str] = []
-    lane, _ = channeled(recording(done), ["a1"])
+    lane, _ = channeled(recording(done), ["a1"], retries=50)  # chance may have it that they come at once
     other = Bench(bench.loop)
     async with other.app(lane) as app:
         await discover(app, "1")

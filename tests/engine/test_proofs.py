@@ -29,7 +29,7 @@ def publish(bench: Bench, pause: float) -> int:
     rows = b"id,note\n" + b"".join(b"%d,%032x\n" % (n, chance.getrandbits(128)) for n in range(ROWS))
     with io.BytesIO() as file:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as opened:
-            opened.writestr("a.csv", rows)
+            opened.writestr(zipfile.ZipInfo("a.csv"), rows, zipfile.ZIP_DEFLATED)
         data = file.getvalue()
     bench.world.web.publish(URL, Page(data=data, pause=pause, block=BLOCK))
     return len(data)

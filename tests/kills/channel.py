@@ -1,5 +1,6 @@
-"""Records on a stream of four shards, applied by three workers of which one is killed every two seconds,
-while a shard is split: every key's records are applied in order, each once in effect, and none is lost.
+"""Records on a stream of four shards, applied by three workers of which one is killed every two seconds (if
+they got on in that time), while a shard is split: every key's records are applied in order, each once in
+effect, and none is lost.
 
 The stream is one of ``stream_server``; the leases are in a log on MiniStack's DynamoDB.
 """
@@ -81,12 +82,17 @@ async def work(target: Path) -> None:
             await batch.settle()
 
 
-async def produce(records: int, keys: int) -> None:
-    """Put all changes, in their order."""
+async def produce(records: int, keys: int, rest: Path) -> None:
+    """Put all changes, in their order; the last tenth once there is the file `rest`."""
     async with open_application([], Settings(backend=BACKEND)) as app:
         channel = app.backend.channel(CHANNEL)
         chunk: list[ChannelRecord] = []
-        for change in changes(records, keys):
+        for number, change in enumerate(changes(records, keys)):
+            if number == records - records // 10:
+                await channel.put(chunk)
+                chunk = []
+                while not rest.exists():  # noqa: ASYNC110  # another process makes it
+                    await asyncio.sleep(0.05)
             chunk.append(change)
             if len(chunk) == _CHUNK:
                 await channel.put(chunk)
@@ -101,6 +107,7 @@ class ChannelCampaign:
         self.folder, self.records, self.keys = folder, records, keys
         self.chance = random.Random(seed)
         self.target = folder / "target.db"
+        self._rest = folder / "rest"
         self.kills = 0
         self.split = ""
         self.seconds = 0.0
@@ -120,10 +127,10 @@ class ChannelCampaign:
             stack.enter_context(variables(environment))
             asyncio.run(_make())
             workers = [self._start("work", str(self.target)) for _ in range(WORKERS)]
-            producer = self._start("produce", str(self.records), str(self.keys))
+            producer = self._start("produce", str(self.records), str(self.keys), str(self._rest))
             stack.callback(lambda: self._end(*workers, producer))
             began = time.monotonic()
-            due = began + pause
+            due, before = began + pause, 0
             while (applied := self._applied()) < self.records:
                 assert time.monotonic() < began + timeout, (
                     f"{applied:,} of {self.records:,} after {timeout:g} s"
@@ -131,9 +138,11 @@ class ChannelCampaign:
                 assert producer.poll() in (None, 0), self._said(producer)
                 if not self.split and applied > self.records // 2:
                     self.split = asyncio.run(_split())
-                time.sleep(max(0.0, min(0.2, due - time.monotonic())))
-                if time.monotonic() >= due:
-                    due += pause
+                if self.split and self.kills:
+                    self._rest.touch()  # not before: a shard was split, and a worker killed, on the way
+                time.sleep(max(0.05, min(0.2, due - time.monotonic())))
+                if time.monotonic() >= due and applied > before:  # or a slow machine would get nowhere
+                    due, before = time.monotonic() + pause, applied
                     chosen = self.chance.randrange(WORKERS)
                     assert workers[chosen].poll() is None, self._said(workers[chosen])
                     self._end(workers[chosen])
@@ -198,7 +207,7 @@ def main() -> int:
     if sys.argv[1] == "work":
         asyncio.run(work(Path(sys.argv[2])))
     elif sys.argv[1] == "produce":
-        asyncio.run(produce(int(sys.argv[2]), int(sys.argv[3])))
+        asyncio.run(produce(int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])))
     else:
         with TemporaryDirectory() as folder:
             records = int(sys.argv[1])

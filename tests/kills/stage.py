@@ -18,6 +18,7 @@ from tests.kills import zygote
 HOLD = 2.0
 #: What the workers run.
 LANE = """
+import asyncio
 import os
 import sqlite3
 
@@ -49,6 +50,7 @@ async def apply(event, ctx):
 
 
 async def write(customer, n):
+    await asyncio.sleep({pause})
     ledger = sqlite3.connect("ledger.db", timeout=30, isolation_level=None)
     # A step is repeated where its answer was lost, and one that was begun before its process was stopped
     # ends when that goes on: what is not newer than what the customer has is no effect.
@@ -64,11 +66,11 @@ async def write(customer, n):
 class Ledger:
     """The workers, in `folder`, and what they have applied."""
 
-    def __init__(self, folder: Path, *, customers: int = 12, each: int = 25) -> None:
+    def __init__(self, folder: Path, *, customers: int = 12, each: int = 25, pause: float = 0.0) -> None:
         self.folder = folder
         self.names = [(str(customer), n) for n in range(each) for customer in range(customers)]
         self._workers: list[zygote.Command] = []
-        (folder / "ledger_lane.py").write_text(LANE.format(each=each, customers=customers))
+        (folder / "ledger_lane.py").write_text(LANE.format(each=each, customers=customers, pause=pause))
         with closing(sqlite3.connect(folder / "ledger.db")) as ledger:
             ledger.execute("PRAGMA journal_mode = WAL")
             ledger.execute("CREATE TABLE applied (place INTEGER PRIMARY KEY, customer, n, worker)")

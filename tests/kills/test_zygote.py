@@ -46,7 +46,7 @@ def test_a_forked_process_ends_with_a_killed_test() -> None:
         forked = os.pidfd_open(int(asking.stdout.readline()))
         try:
             asking.stdin.close()
-            ended, _, _ = select.select([forked], [], [], 30)
+            ended, _, _ = select.select([forked], [], [], 60)
             assert ended, "it is still there"
         finally:
             os.close(forked)

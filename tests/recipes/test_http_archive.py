@@ -37,7 +37,7 @@ from flowlane.worker import run_once
 
 DAY = datetime(2024, 1, 1, tzinfo=UTC)
 PAGE = b"<!DOCTYPE html><html><body><h1>We'll be right back</h1></body></html>"
-QUICK = Policy(retries=2, backoff="1ms", backoff_cap="20ms", lease="1s")
+QUICK = Policy(retries=2, backoff="1ms", backoff_cap="20ms")
 
 _bodies = itertools.count()
 

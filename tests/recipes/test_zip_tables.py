@@ -48,7 +48,7 @@ from flowlane.worker import run_once
 from tests.streams.zip.making import Made, encrypted
 from tests.streams.zip.making import archive as made
 
-QUICK = Policy(retries=1, backoff="1ms", backoff_cap="5ms", lease="2s")
+QUICK = Policy(retries=1, backoff="1ms", backoff_cap="5ms")
 BY_ID = {"partition_key": "id"}
 
 
@@ -859,9 +859,9 @@ async def test_members_of_one_table_take_turns_and_hold_no_other_up(quick: Site)
         if running["a"] == 2:
             two.set()
         if table == "b":
-            await asyncio.wait_for(two.wait(), 10)
+            await asyncio.wait_for(two.wait(), 60)
             other.set()
-        await asyncio.wait_for(other.wait(), 10)  # those of table a hold their turns until b has one
+        await asyncio.wait_for(other.wait(), 60)  # those of table a hold their turns until b has one
         running[table] -= 1
         return records
 
@@ -889,7 +889,7 @@ async def test_no_more_members_are_loaded_at_once_than_the_policy_says(quick: Si
         most = max(most, running)
         if running == 2:
             two.set()
-        await asyncio.wait_for(two.wait(), 10)
+        await asyncio.wait_for(two.wait(), 60)
         await asyncio.sleep(0.02)  # in which a third one could begin
         running -= 1
         return records

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 import botocore.hooks
 import pytest
 from botocore.hooks import EVENT_ALIASES, EventAliaser
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests import servers
 
 # Fewer examples than by default, where a test does not say how many: `make test` is to take minutes.
-settings.register_profile("suite", max_examples=60)
+# How long an example takes is the machine's affair: one that stalls for a moment fails no test.
+settings.register_profile(
+    "suite", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("suite")
 
 _MAKE = EventAliaser.__init__
@@ -63,6 +67,14 @@ def _point(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     for name, value in servers.environment(endpoint).items():
         monkeypatch.setenv(name, value)
     return endpoint
+
+
+@pytest.fixture
+def closed() -> Iterator[str]:
+    """An endpoint at which nobody answers, nor comes to: its port is taken, and not listened on."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{held.getsockname()[1]}"
 
 
 @pytest.fixture

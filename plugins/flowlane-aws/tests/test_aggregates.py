@@ -172,7 +172,7 @@ async def test_another_server_thinks_the_same(moto: str) -> None:
             await Producer("nowhere", client, stream.clock, aggregate=True).put(put)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     keys=st.lists(st.sampled_from("abcdefgh"), max_size=60),
     refused=st.sets(st.tuples(st.integers(0, 12), st.integers(0, 3))),

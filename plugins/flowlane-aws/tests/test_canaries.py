@@ -25,7 +25,6 @@ from flowlane.cli.verbs import cli
 from flowlane.compose import load_lane
 from flowlane.settings import Settings
 from flowlane_aws.clients import open_client
-from tests import servers
 
 MARK = "CANARY"
 #: Longer than any place where errors are cut, so that no half of one is left over.
@@ -52,10 +51,9 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def planted(ministack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def planted(ministack: str, closed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory to work in, and canaries in all that the lanes, the SDK and the settings are given."""
     canary = Canaries()
-    closed = f"http://127.0.0.1:{servers.free_port()}"
     for name in [name for name in os.environ if name.startswith("FLOWLANE_")]:
         monkeypatch.delenv(name)
     for name, value in {

@@ -88,8 +88,8 @@ async def test_what_was_frozen_while_it_was_sent_is_worth_another_try(
                 await dynamodb.list_tables()
 
 
-async def test_nobody_there_is_worth_another_try(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in servers.environment(f"http://127.0.0.1:{servers.free_port()}").items():
+async def test_nobody_there_is_worth_another_try(closed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in servers.environment(closed).items():
         monkeypatch.setenv(name, value)
     async with open_client("sqs") as sqs:
         with pytest.raises(Retryable, match="listing queues: "):

@@ -48,10 +48,10 @@ class Hurried(SystemClock):
 
 
 class Skipping(Hurried):
-    """Does not sleep, but says that the time has passed."""
+    """Does not sleep, but says that so much time has passed, and no other."""
 
     def monotonic(self) -> float:
-        return super().monotonic() + sum(self.slept)
+        return sum(self.slept)
 
 
 class Scene:
@@ -228,7 +228,7 @@ async def test_who_gets_nowhere_for_a_minute_is_the_engine_s(scene: Scene, form:
     with pytest.raises(Retryable, match="in the way of others for 60 s"):
         await scene.load(["x"], **options)
     assert rule.fired > 50
-    assert 59 < sum(scene.clock.slept) < 61  # and what the calls took
+    assert 59 < sum(scene.clock.slept) < 61
 
 
 async def test_items_that_are_in_nobody_s_way_go_ahead(scene: Scene) -> None:
@@ -239,7 +239,7 @@ async def test_items_that_are_in_nobody_s_way_go_ahead(scene: Scene) -> None:
     class Waiting(Hurried):
         async def sleep(self, seconds: float) -> None:
             await super().sleep(seconds)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 await ahead.wait()
 
     async def keep(exchange: Exchange) -> bool:

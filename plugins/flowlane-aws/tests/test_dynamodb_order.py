@@ -94,7 +94,7 @@ SHIPMENTS = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @example(drops={0: [0], 1: [0]}, shipments=[(1, 0, 1, 0), (0, 0, 1, 0)], together=1)
 @example(drops={0: [0, 1, 2, 0]}, shipments=[(0, 1, 1, 0), (0, 0, 2, 0)], together=1)
 @example(drops={0: [0, 1, 2]}, shipments=[(0, 0, 1, 2), (0, 0, 2, 0)], together=2)

@@ -10,12 +10,13 @@ from flowlane.testing.units import applied, discover, found, settle
 from tests.aws_backend import counting, new_name, opened
 
 
-@pytest.mark.parametrize(("children", "limit", "most"), [(400, 10, 2.5), (100, 1, 9)])
+@pytest.mark.parametrize(("children", "limit", "most"), [(400, 10, 2.4), (100, 1, 8.6)])
 async def test_a_run_is_completed_once_and_when_all_have_settled(
     children: int, limit: int, most: float, ministack: str
 ) -> None:
     result = await fan_in(children, workers=20, backends=4, limit=limit)
-    assert result.requests.total() / children <= most
+    in_vain = 20 * result.seconds  # who waits asks once a second, however long the machine takes
+    assert (result.requests.total() - in_vain) / children <= most
 
 
 async def test_what_an_ordinary_delivery_asks_of_aws(ministack: str) -> None:

@@ -439,7 +439,7 @@ async def test_a_run_ends_right_whatever_happens_to_one_call(
     for name, data in cell.objects.items():
         buckets.put_object(Bucket="drops", Key=f"in/{name}", Body=data)
     lane = copying(cell.pinned)
-    async with asyncio.timeout(60), FaultProxy(ministack) as proxy:
+    async with asyncio.timeout(240), FaultProxy(ministack) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         async with opened(lane) as app:
             rules = cell.inject(proxy)
@@ -463,7 +463,7 @@ async def test_a_run_ends_right_whatever_happens_to_many_calls(
     for name, data in (SMALL | LARGE).items():
         buckets.put_object(Bucket="drops", Key=f"in/{name}", Body=data)
     lane = copying(pinned=True)
-    async with asyncio.timeout(60), FaultProxy(ministack) as proxy:
+    async with asyncio.timeout(240), FaultProxy(ministack) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         async with opened(lane) as app:
             proxy.inject("", any_of(random.Random(seed)), times=-1)

@@ -177,7 +177,7 @@ async def test_what_fails_is_sent_again_before_what_follows_it(stream: Stream) -
     assert sent == [["k0", "k1", "k2"], ["k0", "k1", "k2"], ["k0", "k1", "k2"], *[["k1"]] * 3]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     keys=st.lists(st.sampled_from(["a", "b", "c", "", "x" * 257, "\N{GRINNING FACE}" * 129]), max_size=60),
     refused=st.sets(st.tuples(st.integers(0, 20), st.integers(0, 6))),

@@ -170,12 +170,12 @@ def test_a_backoff_longer_than_an_invocation_takes_its_time() -> None:
         if len(tries) < 2:
             raise OSError("not yet")
 
-    lane = lane_of(apply, rows=1, customers="a", backoff="2s", backoff_cap="2s", timeout="30s")
+    lane = lane_of(apply, rows=1, customers="a", backoff="4s", backoff_cap="4s", timeout="30s")
     with world(lane, clock=clock) as each:
-        each.stream.drain(0.5)
+        each.stream.drain(1.0)
         assert each.settled() == {"settled": 1}
-        assert each.stream.invocations < 10
-    assert tries[1] - tries[0] > 1
+        assert each.stream.invocations < 20
+    assert tries[1] - tries[0] > 2
 
 
 def test_a_unit_is_dead_after_its_budget_and_the_shard_goes_on() -> None:
@@ -322,7 +322,7 @@ def test_a_stream_that_the_log_does_not_know_is_asked_for_within_one_invocation(
     with world(lane_of(apply, rows=1, retries=4, backoff="20s", backoff_cap="20s"), clock=Patient()) as each:
         each.put("a", strange()[-1][0])
         while each.stream.deliver(2.0):
-            assert each.stream.invocations < 4
+            assert each.stream.invocations < 10
         (parked_,) = each.parked()
     assert "does not know" in parked_.reason
 

@@ -127,11 +127,11 @@ async def test_what_sqs_cannot_delay_so_long_waits_in_the_log(
     backend: AwsBackend, requests: Requests, clock: RealClock
 ) -> None:
     event = found("a")
-    await applied(backend, discover(event, delay=901))
+    await applied(backend, discover(event, delay=1000))
     assert requests["SendMessageBatch"] == 0
     clock.set(900)
     assert await backend.resend(LANE) == 0
-    clock.set(2)
+    clock.set(101)
     assert await backend.resend(LANE) == 1
     assert await received(backend) == [event.subject]
 
@@ -249,17 +249,17 @@ POINTS = [
 ]
 
 
-def dying(when: str, operation: str, nth: int) -> Any:
-    """A hook after whose `nth` time every request fails: nothing of the process goes on."""
+def dying(when: str, operation: str, nth: int, dead: asyncio.Event) -> Any:
+    """A hook after whose `nth` time every request fails: nothing of the process goes on, and it is `dead`."""
     left = nth
-    dead = False
 
     def look(asked: str, parameters: dict[str, Any]) -> None:
-        nonlocal left, dead
-        if asked == operation and not dead:
+        nonlocal left
+        if asked == operation and not dead.is_set():
             left -= 1
-            dead = left == 0
-        if dead:
+            if left == 0:
+                dead.set()
+        if dead.is_set():
             raise Died(f"{when} {operation}")
 
     return look
@@ -275,12 +275,14 @@ async def test_a_run_whose_process_died_ends_after_the_sweep(
     settings = Settings(backend=f"aws://{new_name()}")
     async with open_application([lane], settings) as app:
         await app.backend.create([QueueSpec(stage.queue, 2.0, 30.0) for stage in lane.stages])
+    dead = asyncio.Event()
     with counting() as requests:
-        look = dying(when, operation, nth)
+        look = dying(when, operation, nth, dead)
         (requests.before if when == "before" else requests.after).append(look)
         if when == "after":
             requests.before.append(lambda asked, parameters: look("", parameters))
-        await _run_until_it_dies(lane, settings)
+        await _run_until_it_dies(lane, settings, dead)
+    assert dead.is_set()
     async with open_application([lane], settings) as app:
         await _drain(app, lane)
         heads = {e.subject: e async for e in app.backend.scan(lane.name)}
@@ -295,10 +297,19 @@ async def test_a_run_whose_process_died_ends_after_the_sweep(
     assert tally.stages["load"].settled == tally.stages["load"].found == 5
 
 
-async def _run_until_it_dies(lane: Lane, settings: Settings) -> None:
+async def _run_until_it_dies(lane: Lane, settings: Settings, dead: asyncio.Event) -> None:
+    """And a second longer: where nobody looks, it finds out."""
     try:
-        async with open_application([lane], settings) as app, asyncio.timeout(3):
-            await run_once(app, lane, slot="one")
+        async with open_application([lane], settings) as app, asyncio.timeout(120) as patience:
+
+            async def end() -> None:
+                await dead.wait()
+                patience.reschedule(asyncio.get_running_loop().time() + 1)
+
+            async with asyncio.TaskGroup() as tasks:
+                ending = tasks.create_task(end())
+                await run_once(app, lane, slot="one")
+                ending.cancel()
     except* (Died, TimeoutError, Retryable):
         pass
 
@@ -308,7 +319,7 @@ async def _drain(app: Application, lane: Lane) -> None:
     from flowlane.deadline import Deadline
     from flowlane.pump import Pump
 
-    async with asyncio.timeout(40), Pump(app.engine, Deadline()) as pump:
+    async with asyncio.timeout(120), Pump(app.engine, Deadline()) as pump:
         while True:
             await sweep(app.engine, lane.name)
             if not await listed(app.backend.units(lane.name, "open")):

@@ -21,7 +21,7 @@ from flowlane.testing.channel_suite import close, numbers
 from flowlane.testing.units import listed
 from flowlane_aws.clients import open_client
 
-BACKEND = "aws://paused?hold=1s"
+BACKEND = "aws://paused?hold=4s"
 #: Handles one batch: says what is in it, waits to be told, and has effects for as long as it holds it.
 CONSUMER = f"""
 import asyncio, sys
@@ -31,7 +31,7 @@ from flowlane.settings import Settings
 
 async def main():
     async with open_application([], Settings(backend={BACKEND!r})) as app:
-        async for batch in app.backend.channel("changes").consume("c", limit=5, wait=60):
+        async for batch in app.backend.channel("changes").consume("c", limit=5, wait=120):
             print(*[int(record.data) for record in batch.records], flush=True)
             await asyncio.to_thread(sys.stdin.readline)
             for record in batch.records:
@@ -78,7 +78,7 @@ async def began(process: subprocess.Popen[str]) -> str:
 
 async def goes_on(process: subprocess.Popen[str]) -> str:
     """What it says until it ends."""
-    said, _ = await asyncio.to_thread(process.communicate, "go on\n", 30)
+    said, _ = await asyncio.to_thread(process.communicate, "go on\n", 60)
     assert process.returncode == 0
     return said
 
@@ -99,8 +99,8 @@ async def test_the_checkpoint_and_the_effects_of_a_process_that_was_stopped_are_
     channel = app.backend.channel("changes")
     assert await began(process) == "0 1 2 3 4\n"
     process.send_signal(signal.SIGSTOP)
-    batches = channel.consume("c", limit=4, wait=30)
-    first = await asyncio.wait_for(anext(batches), 20)
+    batches = channel.consume("c", limit=4, wait=120)
+    first = await asyncio.wait_for(anext(batches), 60)
     assert numbers(first) == [0, 1, 2, 3]
     await first.settle(2)
     second = await anext(batches)

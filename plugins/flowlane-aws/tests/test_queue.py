@@ -20,7 +20,7 @@ from flowlane.clock import SystemClock
 from flowlane.errors import ConfigError, Retryable
 from flowlane.events import MAX_EVENT_BYTES, Event, Reference, encode
 from flowlane.ports import Publish, QueueSpec
-from flowlane.testing.units import following, found
+from flowlane.testing.units import following, found, within
 from flowlane_aws.bounded import owned_tasks
 from flowlane_aws.clients import open_client
 from flowlane_aws.names import Names
@@ -153,7 +153,7 @@ characters = st.text(
 )
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     work=st.lists(st.tuples(st.sampled_from([LOAD.name, COPY.name]), sizes, characters), max_size=24),
     share=st.sampled_from([0.0, 0.3, 0.7]),
@@ -250,11 +250,17 @@ async def test_a_batch_holds_what_sqs_takes(queues: Queues, sqs: Any) -> None:
 async def test_delays_are_kept_as_far_as_sqs_can(queues: Queues, sqs: Any) -> None:
     failing = Failing(sqs, 0)
     now, soon, later, never = (Publish(found(f"d{d}"), LOAD.name, d) for d in (0, 0.2, 900, 900.5))
+    began = SystemClock.monotonic()
     assert await queues.send([now, soon, later, never]) == [True, True, True, False]
     (batch,) = failing.batches
     assert [entry.get("DelaySeconds") for entry in batch] == [None, 1, 900]
-    assert ids(await drain(queues)) == [now.event.id]
-    assert ids(await queues.receive([LOAD.name], 10, lease=9, wait=5)) == [soon.event.id]
+    came: dict[str, float] = {}
+    async with asyncio.timeout(60):
+        while len(came) < 2:
+            for received in await queues.receive([LOAD.name], 10, lease=600, wait=5):
+                came[received.event.id] = SystemClock.monotonic() - began
+    assert list(came) == [now.event.id, soon.event.id]
+    assert came[soon.event.id] >= 1
 
 
 async def test_one_stage_without_a_queue_keeps_no_other_from_getting_its_own(
@@ -417,25 +423,35 @@ async def test_every_stage_gets_its_turn(queues: Queues) -> None:
 
 @pytest.mark.parametrize("stages", [[LOAD.name], [COPY.name, LOAD.name, INORDER.name]])
 async def test_who_waits_is_handed_what_comes(queues: Queues, stages: list[str]) -> None:
-    clock = SystemClock()
-    began = clock.monotonic()
-    waiting = asyncio.create_task(queues.receive(stages, 5, lease=9, wait=20))
+    waiting = asyncio.create_task(queues.receive(stages, 5, lease=600, wait=120))
     await queues.receive([COPY.name], 1, lease=9)  # by now the other waits
     owed = publishes(1)
     await queues.send(owed)
-    assert ids(await waiting) == ids(owed)
-    assert clock.monotonic() - began < 8
+    assert ids(await within(60, waiting)) == ids(owed)
 
 
 @pytest.mark.parametrize("wait", [0, 0.3, 1])
 async def test_who_waits_in_vain_waits_no_longer(queues: Queues, sqs: Any, wait: float) -> None:
-    clock = SystemClock()
-    queues = Queues(sqs, NAMES, clock, Log().resolve)
+    waited: list[
+        float
+    ] = []  # what was asked for, of the clock and of SQS: what it took is the machine's affair
+
+    class Noting(SystemClock):
+        async def sleep(self, seconds: float) -> None:
+            waited.append(seconds)
+            await super().sleep(seconds)
+
+    def note(params: dict[str, Any], **_: Any) -> None:
+        waited.append(params["WaitTimeSeconds"])
+
+    queues = Queues(sqs, NAMES, Noting(), Log().resolve)
     await queues.receive([LOAD.name], 1, lease=9)
     asked = Failing(sqs, 0).calls
-    began = clock.monotonic()
+    sqs.meta.events.register("provide-client-params.sqs.ReceiveMessage", note)
+    began = SystemClock.monotonic()
     assert await queues.receive([LOAD.name], 1, lease=9, wait=wait) == []
-    assert wait <= clock.monotonic() - began + 0.05 < wait + 1
+    assert SystemClock.monotonic() - began + 0.05 >= wait
+    assert sum(waited) <= wait + 0.05
     assert asked["ReceiveMessage"] <= 3
 
 
@@ -452,7 +468,8 @@ async def test_what_nobody_can_read_is_left_and_given_up(
         await sqs.send_message(QueueUrl=url, MessageBody=body)
     owed = publishes(2)
     await queues.send(owed)
-    assert ids(await drain(queues, lease=1)) == ids(owed)
+    # Should the machine stand still for that second, one comes again.
+    assert {*ids(await drain(queues, lease=1))} == {*ids(owed)}
     lines = {record.getMessage() for record in caplog.records if record.levelno == logging.WARNING}
     assert len(lines) == 4
     assert all(
@@ -496,7 +513,7 @@ async def test_a_reference_that_cannot_be_looked_up_now_comes_again(
     assert await queues.send([Publish(event, LOAD.name)]) == [True]
     assert await queues.receive([LOAD.name], 10, lease=1) == []  # the log does not have it
     log.holds(event)
-    (received,) = await queues.receive([LOAD.name], 10, lease=1, wait=5)
+    (received,) = await queues.receive([LOAD.name], 10, lease=60, wait=20)
     assert (received.event, received.attempt) == (event, 2)
 
 
@@ -522,11 +539,12 @@ async def one(queues: Queues, lease: float = 60, wait: float = 0) -> Received:
 
 async def test_a_lease_that_is_extended_holds(queues: Queues) -> None:
     await queues.send(publishes(1))
-    held = await one(queues, lease=1)
-    for _ in range(3):  # it replaces what was left, and does not add to it
-        assert await queues.extend(held, 2)
-    assert await queues.receive([LOAD.name], 1, lease=1, wait=1) == []
-    again = await one(queues, lease=60, wait=5)
+    held = await one(queues, lease=4)
+    for seconds in (600, 600, 60):  # it replaces what was left, and does not add to it
+        assert await queues.extend(held, seconds)
+    assert await queues.receive([LOAD.name], 1, lease=1, wait=5) == []
+    assert await queues.extend(held, 1)
+    again = await one(queues, lease=60, wait=20)
     assert again.attempt == 2
     assert not await queues.extend(held, 60)
     await queues.release(held)  # does nothing: the message is somebody else's
@@ -540,7 +558,7 @@ async def test_of_a_lease_that_has_ended_sqs_is_not_even_asked(queues: Queues, s
     """A standard queue may take an old receipt for the message that somebody else has now."""
     await queues.send(publishes(1))
     stale = await one(queues, lease=1)
-    again = await one(queues, lease=60, wait=5)
+    again = await one(queues, lease=60, wait=20)
     asked = Failing(sqs, 0).calls
     assert not await queues.extend(stale, 60)
     await queues.release(stale)
@@ -553,7 +571,7 @@ async def test_sqs_is_believed_where_it_says_that_a_lease_is_lost(queues: Queues
     await queues.send(publishes(1))
     held = await one(queues, lease=1)
     held.until += 60  # as if this clock had stood still
-    again = await one(queues, lease=60, wait=5)
+    again = await one(queues, lease=60, wait=20)
     await queues.delete([again])
     assert not await queues.extend(held, 60)
     assert not await queues.extend(held, 60)
@@ -565,9 +583,10 @@ async def test_what_is_released_comes_when_it_is_due(queues: Queues) -> None:
     await queues.release(await one(queues))
     held = await one(queues)
     assert held.attempt == 2
+    began = SystemClock.monotonic()
     await queues.release(held, 0.5)
-    assert await queues.receive([LOAD.name], 1, lease=9) == []
-    assert (await one(queues, wait=5)).attempt == 3
+    assert (await one(queues, wait=20)).attempt == 3
+    assert SystemClock.monotonic() - began >= 0.5
 
 
 async def test_no_message_is_held_beyond_the_12_hours_of_sqs(queues: Queues, sqs: Any) -> None:
@@ -582,9 +601,8 @@ async def test_no_message_is_held_beyond_the_12_hours_of_sqs(queues: Queues, sqs
     assert held.until - held.since == pytest.approx(43_200)
     held.since -= 43_000
     assert await queues.extend(held, 900)
-    assert asked[-1] in (199, 200)
     await queues.release(held, 900)
-    assert asked[-1] in (199, 200)
+    assert all(140 < seconds <= 200 for seconds in asked), "what is left of them, and of that all"
     held.until += 60
     held.since -= 300
     assert not await queues.extend(held, 900)

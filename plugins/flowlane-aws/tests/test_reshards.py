@@ -35,7 +35,7 @@ class Stream:
         self.client, self.name = client, new_name()
         clock = RealClock()
         self.one, self.two = (
-            KinesisChannel("changes", self.name, client, log, clock, aggregate=aggregate, hold=3.0)
+            KinesisChannel("changes", self.name, client, log, clock, aggregate=aggregate, hold=12.0)
             for _ in range(2)
         )
         self.handed: dict[str, list[int]] = {}
@@ -106,7 +106,7 @@ async def stream_on(endpoint: str, *, aggregate: bool = False) -> AsyncIterator[
 
 @pytest.mark.parametrize("aggregate", [False, True])
 async def test_order_per_key_holds_across_splits_and_merges(kinesalite: str, aggregate: bool) -> None:
-    async with stream_on(kinesalite, aggregate=aggregate) as stream, asyncio.timeout(60):
+    async with stream_on(kinesalite, aggregate=aggregate) as stream, asyncio.timeout(240):
         low, high = await stream.shards()
         await stream.put(240)
         await stream.split(low, 1 << 126)
@@ -131,7 +131,7 @@ async def test_order_per_key_holds_across_splits_and_merges(kinesalite: str, agg
 
 
 async def test_a_new_consumer_begins_with_the_oldest_shards(kinesalite: str) -> None:
-    async with stream_on(kinesalite) as stream, asyncio.timeout(60):
+    async with stream_on(kinesalite) as stream, asyncio.timeout(240):
         await stream.put(60)
         low, high = await stream.shards()
         await stream.merge(low, high)
@@ -151,7 +151,7 @@ async def test_a_new_consumer_begins_with_the_oldest_shards(kinesalite: str) -> 
 
 
 async def test_a_stand_in_without_closed_shards_goes_on_with_their_children(ministack: str) -> None:
-    async with stream_on(ministack) as stream, asyncio.timeout(60):
+    async with stream_on(ministack) as stream, asyncio.timeout(240):
         async with asyncio.TaskGroup() as group:
             worker = group.create_task(stream.work(stream.one))
             for _ in range(2):

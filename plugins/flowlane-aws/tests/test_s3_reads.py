@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -197,9 +196,8 @@ async def test_cancelled_reads_lose_no_connection(ministack: str) -> None:
             inside += sum(await asyncio.gather(*(_cancelled(reader, seed) for _ in range(4))))
         assert inside >= 300, "too few of them were cancelled inside of a body"
         assert acquired(reader) == 0
-        began = time.monotonic()
-        assert len(await fetch(reader, BASE + "a.bin", start=1_000_000)) == 1_000_000
-        assert time.monotonic() - began < 1
+        async with asyncio.timeout(60):
+            assert len(await fetch(reader, BASE + "a.bin", start=1_000_000)) == 1_000_000
 
 
 async def _cancelled(reader: S3Store, seed: random.Random) -> bool:

@@ -202,9 +202,9 @@ async def test_who_asks_along_with_one_that_is_cancelled_has_an_answer(ministack
 
 
 async def test_where_nobody_answers_all_who_ask_are_told_after_one_try(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, closed: str
 ) -> None:
-    for name, value in servers.environment(f"http://127.0.0.1:{servers.free_port()}").items():
+    for name, value in servers.environment(closed).items():
         monkeypatch.setenv(name, value)
     async with manager() as (secrets, _, _):
         asking = [secrets.get("secretsmanager://t") for _ in range(20)]
@@ -214,15 +214,14 @@ async def test_where_nobody_answers_all_who_ask_are_told_after_one_try(
 
 
 async def test_an_expired_secret_serves_a_little_longer_where_nobody_answers(
-    ministack: str, caplog: pytest.LogCaptureFixture
+    ministack: str, closed: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with manager() as (secrets, clock, admin):
         await admin.create_secret(Name="t", SecretString=PASSWORD)
         await secrets.get("secretsmanager://t")
-        away = f"http://127.0.0.1:{servers.free_port()}"
 
         def divert(request: Any, **_: Any) -> None:
-            request.url = request.url.replace(ministack, away)
+            request.url = request.url.replace(ministack, closed)
 
         client = await secrets._client("")
         client.meta.events.register("before-sign.secretsmanager", divert)
@@ -257,8 +256,7 @@ async def test_what_the_sdk_would_log_at_debug_level_is_not_logged(
     ministack: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The SDK's debug lines hold whole answers and signed headers."""
-    logging.getLogger("botocore").setLevel(logging.DEBUG)
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG), caplog.at_level(logging.DEBUG, "botocore"):
         async with manager() as (secrets, _, admin):
             await admin.create_secret(Name="t", SecretString=PASSWORD)
             assert await secrets.get("secretsmanager://t") == PASSWORD

@@ -161,9 +161,9 @@ async def test_what_is_no_topic_is_refused(arn: str) -> None:
 
 
 async def test_the_region_is_the_topics_and_nobody_there_is_worth_another_try(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, closed: str
 ) -> None:
-    for name, value in servers.environment(f"http://127.0.0.1:{servers.free_port()}").items():
+    for name, value in servers.environment(closed).items():
         monkeypatch.setenv(name, value)
     async with notifier("sns://arn:aws:sns:eu-west-3:000000000000:news") as sns:
         assert sns._client.meta.region_name == "eu-west-3"

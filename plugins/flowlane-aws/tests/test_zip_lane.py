@@ -127,7 +127,7 @@ async def over(run: str) -> Counter[str]:
     stream that has most of them, by type."""
     lane = Lane("drops")
     lane.stage(on=lane.triggered)(nothing)
-    async with open_application([lane], Settings(backend=BACKEND)) as app, asyncio.timeout(100):
+    async with open_application([lane], Settings(backend=BACKEND)) as app, asyncio.timeout(240):
         while status((await app.backend.last([run]))[run]) not in ("settled", "dead"):  # noqa: ASYNC110  # no event of another process can be awaited
             await asyncio.sleep(0.2)
         log = await Log.read(app.backend, lane)

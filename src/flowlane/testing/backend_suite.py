@@ -12,13 +12,16 @@ what was written before. A backend whose leases follow its server's clock sets `
 short ``LEASE``, and ``WAIT`` for a queue that does not show at once what was published. One whose queues have
 to be made makes ``QUEUES``, ``ORDERED`` as one that keeps the order within groups. pytest-asyncio runs in
 auto mode. Needs ``flowlane[test]``.
+
+A machine that stands still for seconds at any moment makes no test fail: what is to run out lasts ``LEASE``
+seconds, and nothing is expected that holds only while it has not; all else lasts ``KEPT`` seconds.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import msgspec
 import pytest
@@ -43,6 +46,12 @@ from flowlane.testing.units import (
     within,
 )
 
+#: Seconds of leases and delays that no test lets run out, however slow the machine is.
+KEPT: Final = 600.0
+#: Seconds within which anything comes about, on any machine: less than what waits for it would wait.
+PATIENCE: Final = 60.0
+#: Seconds within which many have done much, on any machine.
+LONG_PATIENCE: Final = 240.0
 #: The queues that the suites publish to; all that is published to ``ORDERED`` is of some group.
 ORDERED = "ordered"
 QUEUES = ("load", "copy", "x", "y", "z", ORDERED)
@@ -54,6 +63,7 @@ class Suite:
     persistent: ClassVar[bool] = False
     #: whether an ack, nack or extend after the end of the lease is refused even if nobody has received since
     exact_leases: ClassVar[bool] = True
+    #: seconds of leases and delays that a test lets run out
     LEASE: ClassVar[float] = 30.0
     WAIT: ClassVar[float] = 0.0
     #: how often calls are cut short, each time somewhere else; less where each may cost a lease
@@ -81,14 +91,19 @@ class Suite:
         clock.advance(seconds)
 
     async def receive(
-        self, backend: Backend, limit: int = 10, stages: Sequence[str] = ("load",)
+        self,
+        backend: Backend,
+        limit: int = 10,
+        stages: Sequence[str] = ("load",),
+        *,
+        lease: float = KEPT,
     ) -> Sequence[Delivery]:
-        """What is due now, under a lease of ``LEASE`` seconds."""
-        return await backend.receive(stages, limit, lease=self.LEASE, wait=self.WAIT)
+        """What is due now, under a lease of `lease` seconds."""
+        return await backend.receive(stages, limit, lease=lease, wait=self.WAIT)
 
-    async def receive_one(self, backend: Backend, stage: str = "load") -> Delivery:
-        """The one delivery that is due now."""
-        (delivery,) = await self.receive(backend, stages=(stage,))
+    async def receive_one(self, backend: Backend, stage: str = "load", *, lease: float = KEPT) -> Delivery:
+        """The one delivery that is due now, under a lease of `lease` seconds."""
+        (delivery,) = await self.receive(backend, stages=(stage,), lease=lease)
         return delivery
 
 
@@ -206,7 +221,7 @@ class LogSuite(Suite):
                 won += isinstance(answer, Committed)
             return won
 
-        await within(60, asyncio.gather(*(contend() for _ in range(8))))
+        await within(LONG_PATIENCE, asyncio.gather(*(contend() for _ in range(8))))
         stream = await listed(backend.read(first.subject))
         assert [event.version for event in stream] == list(range(1, 42))
 
@@ -264,20 +279,20 @@ class LogSuite(Suite):
         if not self.persistent:
             pytest.skip("nothing is kept")
         async with opener() as backend:
-            await applied(backend, *(discover(found(key)) for key in "abc"))
+            everything = {f"suite/{key}" for key in "abcd"}
+            await applied(backend, *(discover(found(key)) for key in "abcd"))
             held, gone = await self.receive(backend, 2)
             await applied(backend, settle(gone))
+            (short,) = await self.receive(backend, 1, lease=self.LEASE)
         async with opener() as backend:
-            assert len(await backend.last(["suite/a", "suite/b", "suite/c"])) == 3
-            assert len(await index(backend, "open")) == 2
-            assert (await backend.tally(RUN, 0)).stages["load"] == StageTally(found=3, settled=1)
-            free = await self.receive_one(backend)
-            assert free.event.subject not in (held.event.subject, gone.event.subject)
+            assert set(await backend.last([*everything])) == everything
+            assert len(await index(backend, "open")) == 3
+            assert (await backend.tally(RUN, 0)).stages["load"] == StageTally(found=4, settled=1)
+            got = {d.event.subject: d.attempt for d in await self.receive(backend)}
             await self.elapse(clock, self.LEASE)
-            assert {d.event.subject: d.attempt for d in await self.receive(backend)} == {
-                held.event.subject: 2,
-                free.event.subject: 2,
-            }
+            got |= {d.event.subject: d.attempt for d in await self.receive(backend)}
+            taken = {held.event.subject, gone.event.subject, short.event.subject}
+            assert got == dict.fromkeys(everything - taken, 1) | {short.event.subject: 2}
 
 
 class IndexSuite(Suite):
@@ -393,7 +408,7 @@ class IndexSuite(Suite):
                 Commit((), (), (Tally(RUN, 0, "copy", settled=1, skipped=1, superseded=1),)),
             )
 
-        await within(60, asyncio.gather(*(add(n) for n in range(40))))
+        await within(LONG_PATIENCE, asyncio.gather(*(add(n) for n in range(40))))
         total = await backend.tally(RUN, 0)
         assert total.stages["load"] == StageTally(80, 40, 40, counts=Counts(40, 80, 120, 160, 200, 240, 280))
         assert total.stages["copy"] == StageTally(settled=40, skipped=40, superseded=40)
@@ -435,7 +450,7 @@ class IndexSuite(Suite):
             complete = (await backend.tally(RUN, 0)).complete if answer.tally is None else bool(answer.tally)
             seen.append(complete)
 
-        await within(60, asyncio.gather(*(settle_one() for _ in range(30))))
+        await within(LONG_PATIENCE, asyncio.gather(*(settle_one() for _ in range(30))))
         assert any(seen)
 
 
@@ -494,7 +509,7 @@ class QueueSuite(Suite):
 
     async def test_what_is_acked_is_gone(self, backend: Backend, clock: ManualClock) -> None:
         await applied(backend, discover(found("a")), discover(found("b")))
-        one, two = await self.receive(backend)
+        one, two = await self.receive(backend, lease=self.LEASE)
         await one.ack()
         await one.ack()
         await applied(backend, settle(two))
@@ -504,7 +519,7 @@ class QueueSuite(Suite):
     async def test_a_lease_ends(self, backend: Backend, clock: ManualClock) -> None:
         event = found("a")
         await applied(backend, discover(event))
-        await self.receive_one(backend)
+        await self.receive_one(backend, lease=self.LEASE)
         started = following(event, events.ATTEMPT_STARTED)
         await applied(backend, Commit((append(started),)))
         await self.elapse(clock, self.LEASE)
@@ -513,7 +528,7 @@ class QueueSuite(Suite):
 
     async def test_a_stale_delivery_changes_nothing(self, backend: Backend, clock: ManualClock) -> None:
         await applied(backend, discover(found("a")))
-        stale = await self.receive_one(backend)
+        stale = await self.receive_one(backend, lease=self.LEASE)
         await self.elapse(clock, self.LEASE)
         fresh = await self.receive_one(backend)
         await stale.ack()
@@ -531,7 +546,7 @@ class QueueSuite(Suite):
         if not self.exact_leases:
             pytest.skip("a late ack may still count")
         await applied(backend, *(discover(found(key)) for key in "abcd"))
-        acked, nacked, extended, committed = await self.receive(backend)
+        acked, nacked, extended, committed = await self.receive(backend, lease=self.LEASE)
         await self.elapse(clock, self.LEASE)
         await acked.ack()
         await nacked.nack(delay=self.LEASE)
@@ -544,45 +559,52 @@ class QueueSuite(Suite):
         stale = await self.receive_one(backend)
         await stale.ack()
         await applied(backend, discover(found("b")))  # may get the place of the other
-        await self.receive_one(backend)
+        await self.receive_one(backend, lease=self.LEASE)
         await stale.ack()
         await stale.nack()
         await self.elapse(clock, self.LEASE)
         assert (await self.receive_one(backend)).event.subject == "suite/b"
 
     async def test_nack_delivers_again(self, backend: Backend, clock: ManualClock) -> None:
-        await applied(backend, discover(found("a")))
-        await (await self.receive_one(backend)).nack()
-        second = await self.receive_one(backend)
-        assert second.attempt == 2
-        await second.nack(delay=self.LEASE)
+        await applied(backend, discover(found("a")), discover(found("b")))
+        for delivery in await self.receive(backend):
+            await delivery.nack()
+        again = {delivery.event.subject: delivery for delivery in await self.receive(backend)}
+        assert {name: delivery.attempt for name, delivery in again.items()} == {"suite/a": 2, "suite/b": 2}
+        await again["suite/b"].nack(delay=KEPT)
         assert await self.receive(backend) == []
+        await again["suite/a"].nack(delay=self.LEASE)
         await self.elapse(clock, self.LEASE)
-        assert (await self.receive_one(backend)).attempt == 3
+        third = await self.receive_one(backend)
+        assert (third.event.subject, third.attempt) == ("suite/a", 3)
 
     async def test_extend_moves_the_end_of_the_lease(self, backend: Backend, clock: ManualClock) -> None:
         await applied(backend, discover(found("a")))
-        delivery = await self.receive_one(backend)
+        delivery = await self.receive_one(backend, lease=3 * self.LEASE)
         for _ in range(3):
-            await self.elapse(clock, self.LEASE * 0.75)
-            assert await delivery.extend(self.LEASE) is True
+            assert await delivery.extend(KEPT) is True
+            await self.elapse(clock, self.LEASE)
             assert await self.receive(backend) == []
+        assert await delivery.extend(self.LEASE) is True, (
+            "it ends so long after each time, not after the last"
+        )
         await self.elapse(clock, self.LEASE)
         assert (await self.receive_one(backend)).attempt == 2
         assert await delivery.extend(self.LEASE) is False
 
     async def test_a_delay_is_kept(self, backend: Backend, clock: ManualClock) -> None:
-        await applied(backend, discover(found("later"), delay=self.LEASE), discover(found("now")))
+        await applied(backend, discover(found("late"), delay=KEPT), discover(found("now")))
         assert (await self.receive_one(backend)).event.subject == "suite/now"
+        await applied(backend, discover(found("later"), delay=self.LEASE))
         await self.elapse(clock, self.LEASE)
-        assert "suite/later" in {d.event.subject for d in await self.receive(backend)}
+        assert (await self.receive_one(backend)).event.subject == "suite/later"
 
     @pytest.mark.parametrize("steps", [(-3600,), (3600, -3600), (-3600, -3600), (1e8,), (-1.5,)])
     async def test_a_clock_that_is_set_holds_up_nothing(
         self, backend: Backend, clock: ManualClock, steps: Sequence[float]
     ) -> None:
         await applied(backend, discover(found("held")))
-        await self.receive_one(backend)
+        await self.receive_one(backend, lease=self.LEASE)
         for step in steps:
             clock.set(step / 2)
             await applied(backend, Commit((append(found(f"between{step}{clock.now()}")),)))
@@ -591,7 +613,7 @@ class QueueSuite(Suite):
         await applied(backend, discover(found("now")), discover(found("later"), delay=self.LEASE))
         clock.set(-3600)
         await self.elapse(clock, 2)
-        first = {d.event.subject: d for d in await self.receive(backend)}
+        first = {d.event.subject: d for d in await self.receive(backend, lease=self.LEASE)}
         assert "suite/now" in first, f"it was due at once, at {at}"
         await self.elapse(clock, self.LEASE)
         rest = {d.event.subject for d in await self.receive(backend)}
@@ -668,7 +690,7 @@ class QueueSuite(Suite):
     async def test_purge_leaves_the_log(self, backend: Backend, clock: ManualClock) -> None:
         event = found("a")
         await applied(backend, discover(event), discover(found("b")), discover(found("c"), delay=1))
-        (held,) = await self.receive(backend, 1)
+        (held,) = await self.receive(backend, 1, lease=self.LEASE)
         await backend.purge()
         await self.elapse(clock, self.LEASE * 2)
         assert await self.receive(backend) == []
@@ -682,20 +704,26 @@ class QueueSuite(Suite):
         assert (await self.receive_one(backend)).event == event
 
     async def test_waiting_ends_when_something_comes(self, backend: Backend) -> None:
-        waiting = asyncio.create_task(within(30, backend.receive(["load"], 9, lease=9, wait=60)))
-        other = asyncio.create_task(within(30, backend.receive(["copy"], 9, lease=9, wait=60)))
+        waiting = asyncio.create_task(
+            within(PATIENCE, backend.receive(["load"], 9, lease=KEPT, wait=2 * PATIENCE))
+        )
+        other = asyncio.create_task(
+            within(PATIENCE, backend.receive(["copy"], 9, lease=KEPT, wait=2 * PATIENCE))
+        )
         await asyncio.sleep(0)
         await applied(backend, discover(found("a")))
         assert [d.event.subject for d in await waiting] == ["suite/a"]
         await applied(backend, discover(found("b", stage="copy")))
         (delivery,) = await other
-        waiting = asyncio.create_task(within(30, backend.receive(["copy"], 9, lease=9, wait=60)))
+        waiting = asyncio.create_task(
+            within(PATIENCE, backend.receive(["copy"], 9, lease=KEPT, wait=2 * PATIENCE))
+        )
         await asyncio.sleep(0)
         await delivery.nack()
         assert [d.attempt for d in await waiting] == [2]
 
     async def test_waiting_ends_empty(self, backend: Backend) -> None:
-        assert await within(30, backend.receive(["load"], 9, lease=9, wait=0.01)) == []
+        assert await within(PATIENCE, backend.receive(["load"], 9, lease=KEPT, wait=0.01)) == []
 
     async def test_who_is_cancelled_takes_nothing_along(self, backend: Backend) -> None:
         for n in range(self.CUTS):
@@ -709,7 +737,9 @@ class QueueSuite(Suite):
             await publishing
             (first,) = await asyncio.gather(task, return_exceptions=True)
             got = (
-                first if isinstance(first, Sequence) else await backend.receive(["load"], 9, lease=9, wait=30)
+                first
+                if isinstance(first, Sequence)
+                else await backend.receive(["load"], 9, lease=KEPT, wait=PATIENCE)
             )
             assert [d.event.subject for d in got] == [f"suite/u{n}"]
             await got[0].ack()
@@ -741,7 +771,7 @@ class QueueSuite(Suite):
                 settled += sum(isinstance(answer, Committed) for answer in answers)
             return settled
 
-        assert sum(await within(60, asyncio.gather(*(work(n + 1) for n in range(8))))) == total
+        assert sum(await within(LONG_PATIENCE, asyncio.gather(*(work(n + 1) for n in range(8))))) == total
         assert (await backend.tally(RUN, 0)).stages["load"] == StageTally(total, total)
         assert await index(backend, "open") == set()
         assert await self.receive(backend) == []
@@ -755,10 +785,10 @@ class OrderSuite(Suite):
         for name in names:
             await applied(backend, discover(found(name, stage=ORDERED), group=name[0]))
 
-    async def due(self, backend: Backend, limit: int = 10) -> dict[str, Delivery]:
+    async def due(self, backend: Backend, limit: int = 10, *, lease: float = KEPT) -> dict[str, Delivery]:
         """All that is handed out now, by the names of the units; `limit` at a time."""
         got: dict[str, Delivery] = {}
-        while some := await self.receive(backend, limit, (ORDERED,)):
+        while some := await self.receive(backend, limit, (ORDERED,), lease=lease):
             for delivery in some:
                 name = delivery.event.subject.removeprefix(f"{LANE}/")
                 assert name not in got, "it is leased"
@@ -809,25 +839,28 @@ class OrderSuite(Suite):
     async def test_what_is_given_back_stays_the_first_of_its_group(
         self, backend: Backend, clock: ManualClock
     ) -> None:
-        await self.put(backend, "a1", "a2", "b1")
+        await self.put(backend, "a1", "a2", "b1", "c1", "c2")
         first = await self.due(backend)
-        await first["a1"].nack()
+        for name in ("a1", "c1"):
+            await first[name].nack()
         again = await self.due(backend)
-        assert {name: delivery.attempt for name, delivery in again.items()} == {"a1": 2}
-        await again["a1"].nack(delay=self.LEASE)
+        assert {name: delivery.attempt for name, delivery in again.items()} == {"a1": 2, "c1": 2}
+        await again["a1"].nack(delay=KEPT)
         await first["b1"].ack()
         assert await self.due(backend) == {}, "a2 has to wait for the delay of a1"
+        await again["c1"].nack(delay=self.LEASE)
         await self.elapse(clock, self.LEASE)
         late = await self.due(backend)
-        assert set(late) == {"a1"}
-        await late["a1"].ack()
-        assert set(await self.due(backend)) == {"a2"}
+        assert set(late) == {"c1"}
+        await late["c1"].ack()
+        assert set(await self.due(backend)) == {"c2"}
 
     async def test_a_lease_that_ends_leaves_the_first_of_its_group(
         self, backend: Backend, clock: ManualClock
     ) -> None:
         await self.put(backend, "a1", "a2")
-        stale = (await self.due(backend))["a1"]
+        stale = await self.receive_one(backend, ORDERED, lease=self.LEASE)
+        assert stale.event.subject == f"{LANE}/a1"
         await self.elapse(clock, self.LEASE)
         fresh = await self.due(backend)
         assert {name: delivery.attempt for name, delivery in fresh.items()} == {"a1": 2}
@@ -845,12 +878,12 @@ class OrderSuite(Suite):
         if not backend.exact_queue:
             pytest.skip("a queue outside has a clock of its own")
         await self.put(backend, "a1", "a2", "a3")
-        assert set(await self.due(backend)) == {"a1"}
+        assert set(await self.due(backend, lease=self.LEASE)) == {"a1"}
         clock.set(step)
-        assert not {"a2", "a3"} & set(await self.due(backend))
+        assert not {"a2", "a3"} & set(await self.due(backend, lease=self.LEASE))
         for name in ("a1", "a2", "a3"):
             await self.elapse(clock, self.LEASE)
-            held = await self.due(backend)
+            held = await self.due(backend, lease=self.LEASE)
             assert set(held) == {name}
             await held[name].ack()
 
@@ -895,7 +928,7 @@ class OrderSuite(Suite):
         delivery = (await self.due(backend))["a1"]
         for n, name in enumerate(("a2", "a3")):
             waiting = asyncio.create_task(
-                within(30, backend.receive([ORDERED], 9, lease=self.LEASE, wait=60))
+                within(PATIENCE, backend.receive([ORDERED], 9, lease=KEPT, wait=2 * PATIENCE))
             )
             await asyncio.sleep(0)
             if n:
@@ -920,7 +953,7 @@ class OrderSuite(Suite):
                     await applied(backend, settle(delivery))
 
         workers = [work(backend, n + 1) for n in range(4) for backend in backends]
-        await within(60, asyncio.gather(*workers))
+        await within(LONG_PATIENCE, asyncio.gather(*workers))
         assert done == {group: list(range(each)) for group in groups}
 
     async def test_many_workers_keep_the_order_of_each_group(self, backend: Backend) -> None:

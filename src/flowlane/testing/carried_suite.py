@@ -18,7 +18,7 @@ from flowlane.errors import Permanent, VersionConflict
 from flowlane.events import MAX_EVENT_BYTES, Event
 from flowlane.ports import Append, Backend, Commit, Publish, Tally
 from flowlane.testing.backend_model import Opener
-from flowlane.testing.backend_suite import Suite, index
+from flowlane.testing.backend_suite import KEPT, LONG_PATIENCE, PATIENCE, Suite, index
 from flowlane.testing.units import LANE, RUN, append, applied, following, found, within
 
 #: The channel that the suite publishes to.
@@ -80,7 +80,7 @@ class CarriedSuite(Suite):
         a1, a2, b1 = change("a1"), change("a2"), change("b1")
         await applied(backend, register(a1, b1), register(a2))
         assert await self.carried(backend) == {"a": [a1, a2], "b": [b1]}
-        assert await backend.receive([CHANNEL], 9, lease=self.LEASE) == [], "and in no queue"
+        assert await backend.receive([CHANNEL], 9, lease=KEPT) == [], "and in no queue"
 
     async def test_the_order_of_a_group_is_that_of_the_commits(self, backend: Backend) -> None:
         changes = [change(f"{group}{n}") for n in range(24) for group in "ab"]
@@ -130,11 +130,11 @@ class CarriedSuite(Suite):
         assert late.acks == 0
 
     async def test_what_is_put_wakes_who_waits_for_it(self, backend: Backend) -> None:
-        iterator = backend.channel(CHANNEL).consume("c", wait=60)
+        iterator = backend.channel(CHANNEL).consume("c", wait=2 * PATIENCE)
         waiting = asyncio.ensure_future(anext(iterator))
         await asyncio.sleep(0)
         await applied(backend, register(change("a1")))
-        assert [record.key for record in (await within(30, waiting)).records] == ["a"]
+        assert [record.key for record in (await within(PATIENCE, waiting)).records] == ["a"]
         await iterator.aclose()  # type: ignore[attr-defined]
 
     async def test_many_who_commit_at_once_keep_the_order_of_each_group(self, opener: Opener) -> None:
@@ -152,7 +152,9 @@ class CarriedSuite(Suite):
                         (answer,) = await backend.commit([commit])
                         done = not isinstance(answer, VersionConflict)
 
-            await within(60, asyncio.gather(*(follow(b, group) for b in backends for group in "abc")))
+            await within(
+                LONG_PATIENCE, asyncio.gather(*(follow(b, group) for b in backends for group in "abc"))
+            )
             seen = await self.carried(one)
         assert {key: [event.version for event in seen[key]] for key in seen} == {
             group: list(range(1, 17)) for group in "abc"

@@ -5,7 +5,7 @@ import io
 import struct
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import msgspec
 import pytest
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from flowlane import ZipLimits
 from flowlane.errors import ConfigError, Damaged, FlowlaneError, Refused
-from flowlane.streams.zip.end import TAIL, find_end
+from flowlane.streams.zip.end import TAIL, _found, find_end
 from flowlane.streams.zip.entry import AES, DEFLATE, STORED, UTF8, Entry
 from tests.streams.zip.making import (
     Made,
@@ -79,7 +79,7 @@ def test_what_zipfile_writes_is_read_as_zipfile_reads_it(
         for name, (data, packed) in contents.items():
             made.writestr(name, data, compress_type=DEFLATE if packed else STORED)
     data = prefix + buffer.getvalue()
-    if prefix.startswith(b"PK\3\4") or b"PK\5\6" in comment:
+    if prefix.startswith(b"PK\3\4") or b"PK\5\6" in comment or b"PK\6\7" in data:
         return
     assert told(read(data)) == oracle(data)
 
@@ -99,13 +99,22 @@ def test_what_is_made_by_hand_is_read_as_zipfile_reads_it(
     if prefix.startswith(b"PK\3\4"):
         return
     found = read(data, block=block)
-    assert told(found) == oracle(data)
+    if zip64 or not data[-42:].startswith(b"PK\6\7"):  # in an entry, where zipfile takes it for a locator
+        assert told(found) == oracle(data)
     assert [entry.index for entry in found] == list(range(len(members)))
     assert [entry.stored_name for entry in found] == [each.name for each in members]
     assert not any(entry.fault for entry in found)
     for entry, each in zip(found, members, strict=True):
         assert data[entry.offset : entry.limit] == local(each)
         assert msgspec.json.decode(msgspec.json.encode(entry), type=Entry) == entry
+
+
+def test_what_looks_like_a_locator_in_an_entry_is_none() -> None:
+    """CPython's zipfile takes it for one, right before the end record as it stands, and refuses it."""
+    comments = (b"PK\6\7" + b"\2" * 16, b"note" + b"\2" * 16)
+    one, other = (told(read(archive([*SMALL, Made(b"a.csv", comment=comment)]))) for comment in comments)
+    assert one == other
+    assert len(one) == len(SMALL) + 1
 
 
 @pytest.mark.parametrize("more", [b"\1\0\4\0\0\0more", b"PK\6\6" + bytes(60), b"PK\6\6" * 20, bytes(900)])
@@ -221,12 +230,20 @@ def test_junk_is_damaged(junk: bytes, ends: bool) -> None:
         b"PK\6\7" + bytes(16) + b"PK\5\6" + bytes(18),
     ],
 )
-def test_a_tail_made_to_be_searched_for_ever_is_not(junk: bytes) -> None:
+def test_a_tail_made_to_be_searched_for_ever_is_not(junk: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = 0
+
+    def counted(tail: bytes, signature: bytes) -> Iterator[int]:
+        nonlocal looks
+        for at in _found(tail, signature):
+            looks += 1
+            yield at
+
+    monkeypatch.setattr("flowlane.streams.zip.end._found", counted)
     tail = junk * (TAIL // len(junk))
-    begun = time.process_time()
     with contextlib.suppress(FlowlaneError):
         find_end(tail, len(tail))
-    assert time.process_time() - begun < 2
+    assert 0 < looks < 8 * TAIL  # 303,677 of the second; 8 million without an end to the way back
 
 
 # --------------------------------------------------------------------------- what an end record may not say
@@ -347,13 +364,13 @@ def test_a_directory_beyond_the_limit_is_refused() -> None:
         read(archive(SMALL), ZipLimits(directory=100))
 
 
-def test_fifty_thousand_entries_take_less_than_a_second() -> None:
+def test_fifty_thousand_entries_take_seconds_at_most() -> None:
     data = many(50_000, extra=b"UT\5\0\3abcdux\x0b\0\1\4\0\0\0\0\4\0\0\0\0")
     begun = time.process_time()
     found = read(data, block=128 << 10)
     taken = time.process_time() - begun
     assert [entry.name for entry in found[-2:]] == ["orders-049998.csv", "orders-049999.csv"]
-    assert taken < 1
+    assert taken < 5  # 0.2 s of CPU on a fast machine; what grows faster than their number takes minutes
 
 
 @pytest.mark.parametrize("bad", [0, -1, True, "5", float("nan")])
