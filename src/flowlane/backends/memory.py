@@ -444,8 +444,12 @@ class MemoryBackend:
     def _next(self, stages: Iterable[str]) -> float:
         """Seconds until something may be due without anybody putting it."""
         due = [queue.delayed[0][0] for s in stages if (queue := self._queues.get(s)) and queue.delayed]
-        if self._leases:
-            due.append(self._leases[0][0])
+        leases = self._leases
+        while leases and not leases[0][2]:
+            heappop(leases)  # all under it is settled: nothing happens when it ends
+            self._spent -= 1
+        if leases:
+            due.append(leases[0][0])
         # At least a millisecond: a difference too small to move the clock would be asked for without end.
         return max(0.001, min(due, default=inf) - self._clock.monotonic())
 
