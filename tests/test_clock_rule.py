@@ -64,7 +64,8 @@ ALLOWED = {
         "asyncio.create_task",
     ): "the keeper of the open application: awaited on leaving",
     ("cli/progress.py", "asyncio.create_task"): "the screen's refresher: cancelled and awaited on leaving",
-    ("cli/session.py", "asyncio.run"): "the command line's loop",
+    ("cli/loop.py", "asyncio.Runner"): "the command line's loop",
+    ("cli/loop.py", "asyncio.create_task"): "the loop's end: waited for, and left behind with the process",
     ("cli/session.py", "print"): "the command line talks",
 }
 #: Whole modules that may: the clock itself, and the loop's own methods in it.

@@ -173,6 +173,51 @@ async def test_a_third_signal_ends_what_a_handler_would_keep(started: Start, ver
     assert b"Traceback" not in out + err
 
 
+LEFT = {
+    "a task that swallows its cancellation": (
+        "    async def stubborn():\n"
+        "        while True:\n"
+        "            try:\n"
+        "                await asyncio.sleep(600)\n"
+        "            except asyncio.CancelledError:\n"
+        "                pass\n"
+        "    LEFT.append(asyncio.create_task(stubborn()))\n"
+    ),
+    "a thread": "    LEFT.append(asyncio.ensure_future(asyncio.to_thread(time.sleep, 600)))\n",
+}
+
+
+@pytest.mark.parametrize("what", LEFT)
+def test_what_a_handler_leaves_behind_does_not_keep_a_run_from_ending(process: Process, what: str) -> None:
+    Path("left.py").write_text(
+        "import asyncio, time\nfrom flowlane import Lane\nlane, LEFT = Lane('left'), []\n"
+        "@lane.stage(on=lane.triggered)\nasync def find(event, ctx):\n" + LEFT[what]
+    )
+    result = process("run", "left.py", "--json")
+    assert (result.returncode, json.loads(result.stdout)["outcome"]) == (0, "settled")
+    assert process("status", "left.py", "--json").returncode == 0
+
+
+async def test_a_handler_that_swallows_its_cancellation_is_left_behind_when_its_time_is_up(
+    started: Start,
+) -> None:
+    stubborn = """
+    while True:
+        try:
+            await asyncio.sleep(600)
+        except asyncio.CancelledError:
+            pass
+"""
+    Path("slow.py").write_text(SLOW.replace("    await asyncio.sleep(0.1)\n", stubborn))
+    process = await started("run", "slow.py", "--json")
+    await begun(1, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode == 1
+    assert json.loads(out)["interrupted"]
+    assert b"Traceback" not in err
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_the_worker_serves_until_it_is_told(started: Start, number: signal.Signals) -> None:
     Path("slow.py").write_text(SLOW)

@@ -5,9 +5,13 @@ from __future__ import annotations
 
 def main() -> None:
     """The console entry: runs the verb that the arguments name, and exits with its code."""
+    from flowlane.cli.loop import Left
     from flowlane.cli.verbs import cli
 
-    cli.main(prog_name="flowlane")
+    try:
+        cli.main(prog_name="flowlane")
+    except Left as left:
+        left.end()
 
 
 __all__ = ["main"]

@@ -17,6 +17,7 @@ import click
 import msgspec
 
 from flowlane.cli.logs import logging_to_stderr
+from flowlane.cli.loop import Loop
 from flowlane.cli.screen import Screen
 from flowlane.cli.standard import Spoken, to_nowhere
 from flowlane.cli.text import one_line
@@ -44,9 +45,10 @@ class Answer:
 
 class Session:
     """What the verbs are given. With ``--json``, stdout gets one document and nothing else, whatever the
-    lane's own code prints: that goes to stderr."""
+    lane's own code prints: that goes to stderr. ``left``: something of the lane's code still goes on."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
+        self.left = False
         self.json = "--json" in arguments
         self.debug = "--debug" in arguments
         self.settings = Settings()
@@ -86,7 +88,11 @@ class Session:
             logging_to_stderr(chosen, as_json=self.json, debug=self.debug),
             redirect_stdout(cast(TextIO, Spoken(sys.stderr if self.json else sys.stdout))),
         ):
-            answer = _finish(work())
+            loop = Loop()
+            try:
+                answer = _finish(loop, work())
+            finally:
+                self.left = bool(loop.left)
         if answer is None:
             return 0
         self.say(answer)
@@ -139,8 +145,8 @@ class Session:
         return code
 
 
-def _finish(work: Coroutine[Any, Any, Answer | None]) -> Answer | None:
-    """Run `work` in a loop of its own.
+def _finish(loop: Loop, work: Coroutine[Any, Any, Answer | None]) -> Answer | None:
+    """Run `work` in `loop`.
 
     Raises:
         FlowlaneError: the lane's code called ``sys.exit`` (one unit does not decide when a worker ends), or a
@@ -157,7 +163,7 @@ def _finish(work: Coroutine[Any, Any, Answer | None]) -> Answer | None:
             return None
 
     try:
-        answer = asyncio.run(quiet())
+        answer = loop.run(quiet())
         if left:
             raise left[0]
     except SystemExit as error:

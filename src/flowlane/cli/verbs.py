@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from flowlane import __version__
+from flowlane.cli.loop import Left
 from flowlane.cli.session import Answer, Session
 from flowlane.cli.standard import standard_streams, to_nowhere
 
@@ -49,6 +50,8 @@ class _Verbs(click.Group):
             raise
         except BaseException as error:  # noqa: BLE001  # nobody is above: it becomes a line and a code
             code = session.fail(error)
+        if session.left:
+            raise Left(code or 0)
         sys.exit(code or 0)
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
