@@ -535,17 +535,18 @@ class Attempt:
             raise Permanent(f"step {name!r} was given a function that is not async: write `async def`")
         result = await answer
         try:
-            size = len(events.encode_data(result))
-        except (TypeError, msgspec.EncodeError) as error:
+            encoded = events.encode_data(result)
+        except (TypeError, UnicodeEncodeError, msgspec.EncodeError) as error:
             raise Permanent(
                 f"step {name!r} returned what JSON cannot hold ({error}): return plain values"
             ) from None
-        if size > _MAX_STEP_RESULT:
+        if len(encoded) > _MAX_STEP_RESULT:
             raise Permanent(
-                f"step {name!r} returned {size:,} bytes, the limit is {_MAX_STEP_RESULT:,}: "
+                f"step {name!r} returned {len(encoded):,} bytes, the limit is {_MAX_STEP_RESULT:,}: "
                 "store it, and return its URL"
             )
-        steps[name] = msgspec.to_builtins(result)
+        # What an attempt that comes after a crash will read: 1 as a key is "1" there, and a tuple a list.
+        steps[name] = msgspec.json.decode(encoded)
         try:
             await self.record(events.STEP_DONE, moved=True)
         except Permanent:

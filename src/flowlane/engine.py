@@ -59,6 +59,9 @@ _AT_WORK = frozenset(
 )
 _COMMIT_TRIES = 4
 _CHANGES = 200
+#: What ends more than the one attempt. All else that is no ``Exception`` is a unit's own trouble: a panic in
+#: a library that is written in Rust, say.
+_ENDS = (asyncio.CancelledError, KeyboardInterrupt, GeneratorExit)
 #: Of several errors at once the first of these kinds says what becomes of the unit.
 _DECISIVE = (Fenced, ConfigError, Permanent, Superseded, Retryable, Interrupted)
 
@@ -287,15 +290,20 @@ class Engine:
             attempt.outcome = "settled"
             self.committer.submit(attempt.conclude(attempt.kind), attempt)
             return attempt
-        except (Exception, SystemExit) as error:  # noqa: BLE001  # a stage may raise anything; see ``leaf``
-            if slot.attempt is None and not isinstance(error, Permanent | ConfigError | Fenced):
-                # Log or queue are away. Nothing was attempted, so nothing failed: the lease runs out.
-                logger.warning("%s is left for later: %s", head.subject, describe(error))
-                return "released"
-            return await self.fail(attempt, error)
+        except _ENDS:
+            raise
+        except BaseException as error:  # noqa: BLE001  # a stage may raise anything; see ``leaf``
+            return await self._failed(attempt, slot.attempt is not None, error)
         finally:
             if entered:
                 self._leave(head.subject)
+
+    async def _failed(self, attempt: Attempt, begun: bool, error: BaseException) -> Attempt | Outcome:
+        if begun or isinstance(error, Permanent | ConfigError | Fenced):
+            return await self.fail(attempt, error)
+        # Log or queue are away. Nothing was attempted, so nothing failed: the lease runs out.
+        logger.warning("%s is left for later: %s", attempt.unit, describe(error))
+        return "released"
 
     def _enter(self, unit: str) -> bool:
         self._busy[unit] = self._busy.get(unit, 0) + 1

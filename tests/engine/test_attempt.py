@@ -273,6 +273,28 @@ def test_any_error_can_be_told(error: Exception, said: str) -> None:
     simulate(scenario)
 
 
+class Panic(BaseException):
+    """As libraries raise it that are written in Rust."""
+
+
+@virtual
+async def test_a_panic_fails_its_unit_and_not_the_worker(bench: Bench) -> None:
+    async def load(event: Event, ctx: Context) -> None:
+        if event.data.n == 1:
+            raise Panic("index out of bounds")
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(panic())
+
+    async def panic() -> None:
+        raise Panic("in a task")
+
+    report = await bench.run(lane_of(load, units=[Thing(n=1), Thing(n=2)]))
+    assert sorted(dead["reason"] for dead in report.dead) == [
+        "Panic: in a task",
+        "Panic: index out of bounds",
+    ]
+
+
 @virtual
 async def test_a_stage_that_ends_the_process_has_failed(bench: Bench) -> None:
     async def load(event: Event, ctx: Context) -> None:
@@ -315,6 +337,33 @@ async def test_a_step_that_failed_may_be_tried_again_by_the_handler(bench: Bench
         assert await ctx.step("post", post) == 2
 
     assert (await bench.run(lane_of(load))).outcome == "settled"
+
+
+@virtual
+async def test_a_step_says_the_same_to_the_attempt_after_a_crash(bench: Bench) -> None:
+    heard: list[object] = []
+
+    async def count() -> object:
+        return {1: ("a", "b"), "left": float("nan")}
+
+    async def load(event: Event, ctx: Context) -> None:
+        heard.append(await ctx.step("count", count))
+        if len(heard) == 1:
+            raise OSError("once more")
+
+    assert (await bench.run(lane_of(load))).outcome == "settled"
+    assert heard == [{"1": ["a", "b"], "left": None}] * 2
+
+
+@virtual
+async def test_a_step_that_returns_what_utf_8_cannot_hold_is_named(bench: Bench) -> None:
+    async def name() -> str:
+        return "\ud800"
+
+    async def load(event: Event, ctx: Context) -> None:
+        await ctx.step("name", name)
+
+    assert only(await bench.run(lane_of(load))).startswith("step 'name' returned what JSON cannot hold")
 
 
 @virtual

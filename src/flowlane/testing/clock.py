@@ -34,7 +34,7 @@ class Deadlock(RuntimeError):
 
 
 class SimulatedDeath(BaseException):
-    """Whoever runs or calls is dead. No code may catch it."""
+    """Whoever runs or calls is dead. Who catches it goes on in vain: whatever it calls is refused so, too."""
 
 
 class Fate:

@@ -158,7 +158,13 @@ class Process:
         self._latency = latency
         self._main: asyncio.Task[None] | None = None
         self._spawned: list[asyncio.Task[None]] = []
-        loop.at_end.append(vars(self).clear)  # commits, which are such structs, hold its deliveries
+        loop.at_end.append(self._let_go)
+
+    def _let_go(self) -> None:
+        """Of all it has: commits, which are such structs, hold its deliveries. One by one: Python 3.13.0
+        crashes where the dictionary of an object is cleared as a whole and outlives it."""
+        for name in list(vars(self)):
+            delattr(self, name)
 
     # ------------------------------------------------------------------ life and death
 
