@@ -38,7 +38,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
         "turns",
     ),
     3: ("backends", "connectors", "hookspecs", "plugins", "settings", "shards"),
-    4: ("compose", "connections", "recipes"),
+    4: ("compose", "connections", "recipes", "slips"),
     5: ("aws_lambda", "worker"),
     6: ("__main__", "cli"),
 }

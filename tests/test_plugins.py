@@ -317,8 +317,10 @@ def test_an_installed_plugin_may_not_take_anothers_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("uri", "said"),
     [
-        ("nothing://x?must=1", "has scheme 'nothing': as source, flowlane opens thing"),
-        ("/some/path", "has no scheme: as source, flowlane opens thing"),
+        ("nothing://x?must=1", "has scheme 'nothing': as source, flowlane opens thing://"),
+        ("/some/path", "has no scheme: as source, flowlane opens thing://"),
+        ("s3://drops/a.csv", "flowlane opens thing://; s3:// comes with the plugin flowlane-aws: install it"),
+        ("s3", "has no scheme: as source, flowlane opens thing://"),
         ("", "has no scheme"),
         ("thing:/x", "has no scheme"),
         ("thing://x?must=1&much=2", "unknown option 'much'; known: mode, must"),

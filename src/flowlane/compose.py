@@ -20,6 +20,7 @@ from flowlane.lane import Lane
 from flowlane.plugins import Registry
 from flowlane.ports import Backend, Connections
 from flowlane.settings import Settings
+from flowlane.slips import check_handlers
 from flowlane.veil import concealing
 
 
@@ -93,7 +94,7 @@ def load_lane(reference: str) -> Lane:
 
     Raises:
         ConfigError: there is no such file, module or name, or importing it raised: in one line, with the
-            line of the user's file.
+            line of the user's file; or the lane cannot do what it says.
     """
     place, _, name = reference.partition(":") if reference[1:3] != ":\\" else (reference, "", "")
     if not place.strip("."):
@@ -113,6 +114,7 @@ def load_lane(reference: str) -> Lane:
         )
         raise ConfigError(f"{place} has no lane called {name!r}: {hint}")
     lane.check()
+    check_handlers(lane)
     return lane
 
 

@@ -20,6 +20,10 @@ from flowlane.ports import Environment
 
 GROUP = "flowlane"
 
+#: The plugin that lies beside flowlane and is installed by itself, and what it opens: said to who lacks it.
+_AWS_PLUGIN = "flowlane-aws"
+_AWS_SCHEMES = frozenset({"aws", "dynamodb", "s3", "secretsmanager", "sns"})
+
 
 @hookimpl
 def flowlane_provides() -> Sequence[Provides]:
@@ -191,9 +195,16 @@ class Registry:
         found = self._table.get((kind, scheme)) if separator else None
         if found is None:
             what = f"scheme {scheme!r}" if separator else "no scheme"
-            opened = ", ".join(self.schemes(kind)) or "nothing: install the plugin that does"
+            opened = ", ".join(f"{known}://" for known in self.schemes(kind))
+            opened = opened or "nothing: install the plugin that does"
+            if separator and self._lacks_aws(scheme):
+                opened += f"; {scheme}:// comes with the plugin {_AWS_PLUGIN}: install it"
             raise ConfigError(f"{redact(uri)!r} has {what}: as {kind}, flowlane opens {opened}")
         return found
+
+    def _lacks_aws(self, scheme: str) -> bool:
+        """Whether the plugin for AWS would open `scheme`, and is not there."""
+        return scheme in _AWS_SCHEMES and not any(known == scheme for _, known in self._table)
 
     def _factory(self, item: Provides, name: str) -> Callable[..., AbstractAsyncContextManager[Any]]:
         module, _, attribute = item.path.partition(":")
