@@ -483,6 +483,17 @@ def test_the_environment_has_to_name_a_lane() -> None:
         call(order("a"), LONG)
 
 
+def test_a_stage_that_the_lane_does_not_have_is_refused_at_once() -> None:
+    environment = {"FLOWLANE_BACKEND": "memory://", "FLOWLANE_STAGE": "lode"}
+    with Function(lambda settings: toy(), environment=environment) as call:
+        with pytest.raises(
+            ConfigError, match="FLOWLANE_STAGE='lode': lane toy has no such stage; there are "
+        ):
+            call(sqs(order("a")), Remaining(1))
+        del environment["FLOWLANE_STAGE"]
+        assert failed(call(sqs(order("a")), LONG)) == []
+
+
 def test_making_a_handler_opens_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("opened")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
+import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +16,9 @@ import pytest
 from flowlane import Context, Event, Lane, Policy, Unit
 from flowlane.aws_lambda.function import Function
 from flowlane.clock import SystemClock
+from flowlane.errors import Retryable, VersionConflict
 from flowlane.events import Reference, encode_data, refer
+from flowlane.ports import Commit, Committed
 from flowlane.state import progress, status
 from tests.aws_lambda.model import Queue
 from tests.aws_lambda.outside import OutsideBackend
@@ -88,6 +92,74 @@ def test_what_is_not_reached_before_the_deadline_is_reported_and_comes_again() -
         drain(call, queue)
         (head,) = asyncio.run(_heads(backend, ["toy/run/shop,a"]))
     assert status(head) == "settled"
+
+
+def test_the_delivery_of_a_stage_that_the_function_does_not_handle_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    queue = Queue()
+    backend = OutsideBackend(SystemClock(), queue)
+    environment = {"FLOWLANE_BACKEND": "memory://", "FLOWLANE_STAGE": "load"}
+    with function(toy(), backend=backend, environment=environment) as call:
+        call(order("a"), LONG)
+        assert failed(call(queue.receive(), LONG)) != []
+    assert "is for the stage find, and FLOWLANE_STAGE has this function handle load only" in (
+        caplog.records[-1].getMessage()
+    )
+
+
+class HangingBackend(OutsideBackend):
+    """Of which the calls in `hang` come back when Lambda has long ended the function."""
+
+    hang: frozenset[str] = frozenset()
+
+    async def commit(self, work: Sequence[Commit]) -> Sequence[Committed | VersionConflict]:
+        await self._answer("commit")
+        return await super().commit(work)
+
+    async def last(self, streams: Sequence[str]) -> Mapping[str, Event]:
+        await self._answer("last")
+        return await super().last(streams)
+
+    async def read(self, stream: str, *, after: int = 0) -> AsyncIterator[Event]:
+        await self._answer("read")
+        async for event in super().read(stream, after=after):
+            yield event
+
+    async def _answer(self, call: str) -> None:
+        if call in self.hang:
+            await asyncio.sleep(20)
+
+
+@pytest.mark.parametrize("hang", ["commit", "last", "read"])
+def test_a_log_that_does_not_answer_is_told_of_before_lambda_ends_the_function(
+    hang: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    queue = Queue()
+    backend = HangingBackend(SystemClock(), queue)
+    backend.by_reference = hang == "read"
+    with function(toy(), backend=backend) as call:
+        call(order("a", 2), LONG)
+        triggered = queue.receive()
+        backend.hang = frozenset([hang])
+        batch = triggered if hang != "commit" else sqs(order("b"), order("c"))
+        names = [record["messageId"] for record in batch["Records"]]
+        began = time.monotonic()
+        assert failed(call(batch, Remaining(1))) == names
+        with pytest.raises(Retryable, match=r"the backend of lane toy did not answer in the 0\.[67]"):
+            call(
+                json.loads(triggered["Records"][0]["body"]) if hang != "commit" else order("d"), Remaining(1)
+            )
+        assert time.monotonic() - began < 2, "both answered before Lambda ended them"
+        backend.hang = frozenset()
+        again = [{"itemIdentifier": record["messageId"]} for record in triggered["Records"]]
+        queue.settle({"batchItemFailures": again})
+        drain(call, queue)
+        (head,) = asyncio.run(_heads(backend, ["toy/run/shop,a"]))
+    assert status(head) == "settled"
+    assert {record.getMessage().partition('"reason":"')[2][:36] for record in caplog.records} == {
+        "the backend of lane toy did not answ"
+    }
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,17 @@ def test_a_queue_that_does_not_answer_is_asked_again_and_one_that_may_not_be_ask
     ]
 
 
+def test_a_queue_that_gives_no_answer_leaves_most_of_the_time_to_its_messages() -> None:
+    class Hanging(LeasingBackend):
+        async def lease_of(self, queue: str) -> float | None:
+            await asyncio.sleep(20)
+            return await super().lease_of(queue)
+
+    with function(toy(), backend=Hanging(900.0)) as call:
+        for name in "ab":
+            assert failed(call(sqs(order(name)), Remaining(2))) == []
+
+
 async def test_a_backend_that_knows_nothing_of_queues_is_not_asked() -> None:
     backend = MemoryBackend(SystemClock())
     assert not isinstance(backend, Leasing)

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from flowlane.errors import ConfigError, Permanent, Retryable
+from flowlane.errors import ConfigError, FlowlaneError, Permanent, Retryable
 from flowlane_aws.clients import asking, open_client
 from tests import servers
 from tests.aws_wire import Answer
@@ -95,6 +95,27 @@ async def test_nobody_there_is_worth_another_try(closed: str, monkeypatch: pytes
         with pytest.raises(Retryable, match="listing queues: "):
             async with asking("listing queues"):
                 await sqs.list_queues()
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "said"),
+    [
+        ("KMSAccessDeniedException", ConfigError, "not allowed .*see that its KMS key"),
+        ("KMS.DisabledException", ConfigError, "not allowed .*see that its KMS key"),
+        ("KmsInvalidState", ConfigError, "not allowed .*see that its KMS key"),
+        ("KMS.ThrottlingException", Retryable, "throttled"),
+        ("KmsThrottled", Retryable, "throttled"),
+    ],
+)
+async def test_a_key_that_cannot_be_used_is_told_of_and_a_busy_one_waited_for(
+    ministack: str, code: str, kind: type[FlowlaneError], said: str
+) -> None:
+    """As the services call it: Kinesis, SQS as it once spoke (and S3), SQS as it speaks in JSON."""
+    async with FaultProxy(ministack) as proxy, open_client("dynamodb", endpoint=proxy.url) as dynamodb:
+        proxy.inject("dynamodb.ListTables", refused(400, code), times=-1)
+        with pytest.raises(kind, match=said):
+            async with asking("listing tables"):
+                await dynamodb.list_tables()
 
 
 async def test_a_refusal_is_permanent(ministack: str) -> None:

@@ -329,6 +329,16 @@ async def test_a_shard_that_stays_busy_is_given_up_for_now(stream: Stream) -> No
     assert held(await read(reader)) == numbered(3)
 
 
+async def test_iterators_that_always_expire_are_given_up_for_now(stream: Stream) -> None:
+    await stream.put(*numbered(3))
+    expired = stream.proxy.inject(GET, refused(400, "ExpiredIteratorException"), times=10)
+    reader = await stream.reader()
+    with pytest.raises(Retryable, match="ExpiredIteratorException 10 times in a row: iterators that"):
+        await reader.page()
+    assert expired.fired == 10
+    assert held(await read(reader)) == numbered(3)
+
+
 async def test_a_failed_call_skips_nothing(stream: Stream) -> None:
     await stream.put(*numbered(150))
     reader = await stream.reader()

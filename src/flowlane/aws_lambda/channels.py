@@ -13,6 +13,7 @@ from flowlane.aws_lambda.invocation import Invocation
 from flowlane.aws_lambda.payload import Batch, Message
 from flowlane.engine import Engine
 from flowlane.errors import Permanent, Retryable
+from flowlane.events import Event
 from flowlane.handling import Handling
 from flowlane.parking import park, refusal, stray
 from flowlane.ports import ChannelRecord
@@ -44,24 +45,33 @@ async def take(invocation: Invocation, handling: Handling, message: Message, att
     Raises:
         Retryable: not this time.
     """
-    engine, policy = invocation.engine, handling.stage.policy
     data = message.body if isinstance(message.body, bytes) else message.body.encode()
     record = ChannelRecord(message.group, data, message.partition, position(message.id, message.sub))
+    async with invocation.in_time():
+        event, head = await _owed(invocation, handling, record, tried)
+    return await invocation.own(event, head, attempt) if event is not None and head is not None else ""
+
+
+async def _owed(
+    invocation: Invocation, handling: Handling, record: ChannelRecord, tried: int
+) -> tuple[Event | None, Event | None]:
+    """The event that `record` is, and the last one of its unit; nothing if it is parked."""
+    engine, policy = invocation.engine, handling.stage.policy
     try:
-        event = events.decode(data)
+        event = events.decode(record.data)
     except Permanent as error:
         await park(engine, handling, record, str(error))
-        return ""
+        return None, None
     if wrong := stray(handling, event):
         await park(engine, handling, record, wrong)
-        return ""
-    head = (await engine.backend.last([event.subject])).get(event.subject)
+        return None, None
+    head = await invocation.head(event)
     wrong = refusal(engine, handling, event, head)
     if head is not None and not wrong:
-        return await invocation.own(event, head, attempt)
+        return event, head
     if head is None and tried < policy.retries:
         # Nobody counts the tries of earlier invocations: all of them have to fit into this one.
         most = invocation.left / (policy.retries - tried + 1)
         raise Retryable(wrong, delay=min(most, policy.delay(tried + 1, engine.clock.random())))
     await park(engine, handling, record, wrong)
-    return ""
+    return None, None

@@ -95,12 +95,13 @@ class Function:
             Retryable: the event's run is not finished, or the log is away: the same event goes on with it.
         """
         seconds = _remaining(context)
+        deadline = self._deadline(seconds)  # before the first call imports the engine, which takes time
         batch = payload.batch(event)
         if self._runner is None:
             self._runner = asyncio.Runner()
             atexit.register(self._at_exit)
         try:
-            return self._runner.run(self._invoke(event, batch, seconds))
+            return self._runner.run(self._invoke(event, batch, seconds, deadline))
         except FlowlaneError as error:
             if logger.isEnabledFor(logging.DEBUG):
                 raise
@@ -129,11 +130,12 @@ class Function:
         margin = margin_of(seconds) if self._margin is None else self._margin
         return Deadline(self._clock.monotonic() + seconds, margin)
 
-    async def _invoke(self, event: Any, batch: payload.Batch | None, seconds: float) -> dict[str, Any]:
+    async def _invoke(
+        self, event: Any, batch: payload.Batch | None, seconds: float, deadline: Deadline
+    ) -> dict[str, Any]:
         from flowlane.aws_lambda.direct import handle_direct
         from flowlane.aws_lambda.messages import handle
 
-        deadline = self._deadline(seconds)
         app = await self._opened()
         lane = app.lanes[0]
         try:
@@ -172,6 +174,7 @@ class Function:
             settings = Settings.read(self._environment)
             logging.getLogger("flowlane").setLevel(settings.log_level.upper())
             lane = self._find(settings)
+            _check_stage(lane, settings.stage)
             async with open_application([lane], settings, clock=self._clock, backend=self._backend) as app:
                 opened.set_result(app)
                 await self._leave.wait()
@@ -196,6 +199,18 @@ class Function:
             task.cancel()
         if stray:
             await asyncio.wait(stray)
+
+
+def _check_stage(lane: Lane, only: str) -> None:
+    """
+    Raises:
+        ConfigError: FLOWLANE_STAGE names no stage of `lane`: the function would never handle anything.
+    """
+    known = sorted(stage.name for stage in lane.stages)
+    if only not in ("", *known):
+        raise ConfigError(
+            f"FLOWLANE_STAGE={only!r}: lane {lane.name} has no such stage; there are {', '.join(known)}"
+        )
 
 
 def _remaining(context: Any) -> float:

@@ -19,7 +19,7 @@ from typing import Final, Literal
 import msgspec
 
 from flowlane import events
-from flowlane.aws_lambda.wanted import Sweep, Wanted, restart
+from flowlane.aws_lambda.wanted import Start, Sweep, Wanted, restart
 from flowlane.compose import Application
 from flowlane.deadline import Deadline
 from flowlane.engine import Engine, describe
@@ -102,6 +102,28 @@ class Invocation:
         return self._deadline.near(self._app.clock.monotonic())
 
     @asynccontextmanager
+    async def in_time(self) -> AsyncIterator[None]:
+        """Wait in here for the backend only as long as there is time to answer, and to say why: otherwise
+        Lambda would end the function, which says nothing and loses the process.
+
+        Raises:
+            Retryable: there was no answer; what was asked for may be done all the same, as the log will say.
+        """
+        rest = self._deadline.rest(self._app.clock.monotonic())
+        seconds = min(rest, self.left + self._deadline.margin / 2)
+        timer = asyncio.timeout(seconds if math.isfinite(seconds) else None)
+        try:
+            async with timer:
+                yield
+        except TimeoutError:
+            if not timer.expired():
+                raise
+            raise Retryable(
+                f"the backend of lane {self._lane.name} did not answer in the {seconds:.3g} s that were "
+                "left: it is tried again when the event comes again"
+            ) from None
+
+    @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
         """Work while the context is open; what runs when it is left reaches its next safe point."""
         async with self._pump:
@@ -126,19 +148,25 @@ class Invocation:
         if isinstance(wanted, Sweep):
             await self.sweep()
             return ""
-        if isinstance(wanted, Reference):
-            wanted = await self._referred(wanted)
-        if isinstance(wanted, Event):
-            head = (await self._app.backend.last([wanted.subject])).get(wanted.subject)
-            if head is not None:
-                return await self.own(wanted, head, attempt)
-            if wanted.type != events.LANE_TRIGGERED:
-                raise self._unknown(wanted.subject)
-            wanted = restart(wanted)
-        run, _ = await self._app.engine.trigger(
-            self._lane.name, wanted.slot, by=wanted.by, event=wanted.event
-        )
-        return run
+        async with self.in_time():
+            if isinstance(wanted, Reference):
+                wanted = await self._referred(wanted)
+            head = await self.head(wanted) if isinstance(wanted, Event) else None
+            if isinstance(wanted, Event) and head is None:
+                if wanted.type != events.LANE_TRIGGERED:
+                    raise self._unknown(wanted.subject)
+                wanted = restart(wanted)
+            if isinstance(wanted, Start):
+                run, _ = await self._app.engine.trigger(
+                    self._lane.name, wanted.slot, by=wanted.by, event=wanted.event
+                )
+                return run
+        assert head is not None
+        return await self.own(wanted, head, attempt)
+
+    async def head(self, event: Event) -> Event | None:
+        """The last event of the unit that `event` is of; ``None`` if the log knows none."""
+        return (await self._app.backend.last([event.subject])).get(event.subject)
 
     async def _referred(self, reference: Reference) -> Event:
         """The event that the log has where `reference` says."""
@@ -179,6 +207,11 @@ class Invocation:
         if handling is None or not head.run:
             raise Permanent(f"no stage of lane {self._lane.name} is owed the events of {head.subject:.200}")
         if not self._embedded:
+            if (only := self._app.settings.stage) not in ("", handling.stage.name):
+                raise Permanent(
+                    f"{head.subject:.200} is for the stage {handling.stage.name}, and FLOWLANE_STAGE has "
+                    f"this function handle {only} only: map each stage's queue to a function that handles it"
+                )
             if (wait := self._backoff(head, handling)) > 0:
                 raise Retryable(f"{head.subject} is not due again yet", delay=wait)
             carried = Carried(event, handling.stage.queue, attempt, head)

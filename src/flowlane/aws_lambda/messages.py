@@ -103,6 +103,8 @@ class _Work:
 
     async def look_again(self) -> None:
         """What was not finished when its time was over may be by now."""
+        if not self._unfinished:
+            return  # also where the log does not answer
         over = await self.invocation.look(set().union(*self._unfinished.values()))
         for index, runs in self._unfinished.items():
             if left := runs.difference(over):

@@ -20,7 +20,7 @@ from flowlane.errors import ConfigError, FlowlaneError, Retryable
 
 logger = logging.getLogger("flowlane")
 
-#: Seconds that showing messages again may take.
+#: Seconds that a queue is asked for how long it hides messages, and that showing messages again may take.
 _PATIENCE: Final = 5.0
 #: What AWS advises for a queue, in time-outs of its function.
 _ADVISED: Final = 6
@@ -66,8 +66,9 @@ class Visibility:
         if not queue or queue in self._checked or math.isinf(seconds) or not isinstance(backend, Leasing):
             return
         try:
-            lease = await backend.lease_of(queue)
-        except Retryable:
+            async with asyncio.timeout(min(_PATIENCE, seconds / 4)):  # most of the time is for the messages
+                lease = await backend.lease_of(queue)
+        except (Retryable, TimeoutError):
             return  # asked again with the next batch
         except FlowlaneError as error:
             logger.warning(

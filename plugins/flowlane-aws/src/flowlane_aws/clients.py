@@ -53,6 +53,8 @@ _THROTTLED = frozenset(
         "BandwidthLimitExceeded",
         "KMSThrottling",
         "KMSThrottlingException",
+        "KMS.ThrottlingException",
+        "KmsThrottled",
         "LimitExceededException",
         "OverLimit",
         "PriorRequestNotComplete",
@@ -248,7 +250,7 @@ async def asking(
     Raises:
         ClientError: with a code that is in `passing`: the caller knows what it means.
         Retryable: throttled, away, out of time, no answer of AWS's, or the credentials have expired.
-        ConfigError: what was asked for does not exist, lies elsewhere, or is not allowed.
+        ConfigError: what was asked for does not exist, lies elsewhere, or is not allowed; or its key is not.
         Permanent: AWS refuses it as it is.
     """
     try:
@@ -304,8 +306,12 @@ def _answered(error: ClientError, what: str) -> FlowlaneError:
         return Retryable(f"{what}: signed too long ago, or too early ({said}): set this computer's clock")
     if code in _EXPIRED:
         return Retryable(f"{what}: the AWS credentials have expired ({said}): renew them, it is tried again")
-    if code in _REFUSED or status in (401, 403):
-        return ConfigError(f"{what}: not allowed ({said}): check the credentials and the role's policy")
+    keyless = code.lower().startswith("kms") and status < 500  # services spell the rest each in its own way
+    if keyless or code in _REFUSED or status in (401, 403):
+        todo = "check the credentials and the role's policy"
+        if keyless:
+            todo = "see that its KMS key is there and enabled, and that its policy and the role's allow it"
+        return ConfigError(f"{what}: not allowed ({said}): {todo}")
     if code in _ELSEWHERE or status == 301:
         return ConfigError(f"{what}: it lies in another region ({said}): set AWS_REGION or region=")
     if code in _MISSING:

@@ -124,11 +124,10 @@ class ShardReader:
                     self._iterator = None
                 else:
                     await self._clock.sleep(0.5 + self._clock.random())
-        raise Retryable(
-            f"{self._what}: {code} {_TRIES} times in a row: other readers take what the shard gives; "
-            "add shards, or read it less often",
-            delay=_SLOWEST,
-        )
+        why = "other readers take what the shard gives; add shards, or read it less often"
+        if code == _EXPIRED:
+            why = "iterators that were just given are too old already; see what delays or answers requests"
+        raise Retryable(f"{self._what}: {code} {_TRIES} times in a row: {why}", delay=_SLOWEST)
 
     async def _check_gone(self) -> None:
         """That Kinesis knows nothing of a shard whose stream is there means that the retention is over.
