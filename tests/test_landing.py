@@ -20,7 +20,9 @@ SKIPPABLE = b"\x5e\x2a\x4d\x18\x04\x00\x00\x00seek"
         ("a.zst", b"\x5e\x2a"),
         ("a.zip", b"PK\x03\x04"),
         ("a.zip", b"PK\x05\x06"),
-        ("a.json", b"<html>"),
+        ("a.json", b"<htm>"),
+        ("a.xml", b"<html>"),
+        ("a.csv", b"<html"),  # who knows
     ],
 )
 def test_what_begins_as_its_name_says(name: str, block: bytes) -> None:
@@ -29,8 +31,27 @@ def test_what_begins_as_its_name_says(name: str, block: bytes) -> None:
 
 @pytest.mark.parametrize(
     ("name", "block"),
-    [("a.gz", b"<"), ("a.gz", b"\x1f\x8c"), ("a.zst", b"\x60\x2a\x4d\x18"), ("a.zip", b"Pk\x03\x04")],
+    [
+        ("a.gz", b"<"),
+        ("a.GZ", b"<"),
+        ("a.gz", b"\x1f\x8c"),
+        ("a.zst", b"\x60\x2a\x4d\x18"),
+        ("a.zip", b"Pk\x03\x04"),
+    ],
 )
 def test_anything_else_is_damaged(name: str, block: bytes) -> None:
     with pytest.raises(Damaged, match=r"http://h/a\.\w+ is not a \.\w+ file: it begins with b'"):
+        check_magic(f"http://h/{name}", block)
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("a.csv", b"<html>"),
+        ("a.JSON", b"\xef\xbb\xbf\r\n<!DOCTYPE html>"),
+        ("a.jsonl", b"\n<HTML lang='en'>"),
+    ],
+)
+def test_a_page_is_no_data(name: str, block: bytes) -> None:
+    with pytest.raises(Damaged, match=rf"http://h/{name} is a web page: it begins with b"):
         check_magic(f"http://h/{name}", block)

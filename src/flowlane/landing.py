@@ -33,6 +33,7 @@ from flowlane.ports import Body, ObjectInfo, Store, Upload
 from flowlane.state import Counts, Position, Transfer
 from flowlane.streams.inflate import prove
 from flowlane.streams.members import inflater
+from flowlane.streams.preview import is_page
 
 if TYPE_CHECKING:
     from flowlane.attempt import Attempt
@@ -129,6 +130,8 @@ _MAGIC = {
     ".zst": (b"\x28\xb5\x2f\xfd", *(bytes([n]) + b"\x2a\x4d\x18" for n in range(0x50, 0x60))),
     ".zip": (b"PK",),
 }
+#: Of these, only what they are not can be told.
+_TEXT = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")
 
 
 class _Copy:
@@ -354,6 +357,9 @@ def check_magic(where: str, block: bytes) -> None:
     """Raises:
     Damaged: the body does not begin as a file of its name's kind does (an error page, say).
     """
+    name = where.lower()
+    if name.endswith(_TEXT) and is_page(block):
+        raise Damaged(f"{where} is a web page: it begins with {bytes(block[:40])!r}")
     for suffix, magics in _MAGIC.items():
-        if where.endswith(suffix) and not any(m.startswith(block[: len(m)]) for m in magics):
+        if name.endswith(suffix) and not any(m.startswith(block[: len(m)]) for m in magics):
             raise Damaged(f"{where} is not a {suffix} file: it begins with {bytes(block[:40])!r}")

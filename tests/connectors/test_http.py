@@ -201,14 +201,14 @@ async def test_chunks_whose_ends_come_later_than_their_data(store: http.HttpStor
             await asyncio.sleep(0)
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
+        asked = await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n")
-        for at in range(0, len(data), 100_000):
+        for at in range(0, 0 if asked.startswith(b"HEAD") else len(data), 100_000):
             for part in (b"186a0\r\n" + data[at : at + 100_000], b"\r\n"):
                 writer.write(part)
                 await writer.drain()
                 await turn()
-        writer.write(b"0\r\n\r\n")
+        writer.write(b"" if asked.startswith(b"HEAD") else b"0\r\n\r\n")
         writer.close()
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
@@ -263,7 +263,7 @@ async def test_an_object_replaced_meanwhile_is_superseded(store: http.HttpStore,
         url = server.serve("/a", noise(10_000), cut=5000, etags=['"one"', '"two"'], deaf=deaf)
         with pytest.raises(Superseded):
             await fetch(store, url)
-        assert server.requests[-1].range == "bytes=5000-"
+        assert [r.range for r in server.requests if r.method == "GET"][-1] == "bytes=5000-"
     url = server.serve("/b", noise(10_000), cut=5000, etags=['"one"', ""], deaf=True)
     with pytest.raises(Incomplete, match="no ETag"):
         await fetch(store, url)
@@ -278,6 +278,27 @@ async def test_an_object_replaced_meanwhile_is_superseded(store: http.HttpStore,
         server.serve("/d", noise(9_000), etags=['"one"'])
         with pytest.raises(Incomplete, match="9,000 bytes, 10,000 before, with one ETag"):
             await anext(blocks)
+
+
+async def test_an_etag_that_head_does_not_bear_out_supersedes_nothing(
+    store: http.HttpStore, server: LyingServer
+) -> None:
+    changing = [f'"{turn}"' for turn in range(9)]  # and HEAD always has the next one
+    url = server.serve("/a", noise(100), etags=changing, deaf=True)
+    assert await fetch(store, url, etag='"0"') == noise(100)
+    with pytest.raises(Incomplete, match=r'is "1", no longer "0"; but HEAD says "2"'):
+        await fetch(store, url, etag='"0"')
+    # The one that was asked for is the one that HEAD still tells of.
+    url = server.serve("/b", noise(100), etags=['"1"'], headers={"ETag": '"0"'}, deaf=True, times=1)
+    with pytest.raises(Incomplete, match=r'is "0", no longer "1"; but HEAD says "1"'):
+        await fetch(store, url, etag='"1"')
+    url = server.serve("/c", noise(100), etags=['"1"'], status=412, times=1)
+    with pytest.raises(Incomplete, match=r'is no longer "1"; but HEAD says "1"'):
+        await fetch(store, url, etag='"1"')
+    # Where HEAD says nothing, the answer is believed.
+    url = server.serve("/d", noise(100), etags=['"1"'], deaf=True, head=503)
+    with pytest.raises(Superseded, match=r'is "1", no longer "0"$'):
+        await fetch(store, url, etag='"0"')
 
 
 async def test_an_object_gone_is_incomplete(store: http.HttpStore, server: LyingServer) -> None:
@@ -351,6 +372,36 @@ async def test_lengths_that_lie(store: http.HttpStore, server: LyingServer) -> N
     async with store.read(chunked) as body:
         assert body.proven_length
         assert body.info.size == -1
+
+
+async def test_a_body_without_a_length_is_as_long_as_head_says(
+    store: http.HttpStore, server: LyingServer
+) -> None:
+    members = [gzip.compress(b"one"), gzip.compress(b"two")]
+    whole, end = b"".join(members), len(members[0])
+    # As a proxy sends it whose own server died.
+    chunks = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (end, members[0])
+    for lie in (
+        Lie(length=-1, cut=end),
+        Lie(length=-1, cut=end, etags=["W/weak"]),
+        Lie(raw=b"HTTP/1.1 200 OK\r\n" + chunks, times=1),
+    ):
+        with pytest.raises(Incomplete, match=f"ended at byte {end}, HEAD says that there are {len(whole)}"):
+            await fetch(store, server.serve("/cut.gz", whole, lie))
+    for lie in (
+        Lie(length=-1),
+        Lie(chunked=True),
+        Lie(length=-1, cut=end, head=404),
+        Lie(length=-1, cut=end, head=401),
+        Lie(length=-1, cut=end, etags=['"a"', '"b"']),
+        Lie(length=-1, cut=end, head=405, ranges="ignored"),
+        Lie(length=-1, cut=end, headers={"Content-Encoding": "gzip"}),  # HEAD may mean what it is decoded
+    ):
+        url = server.serve("/told.gz", whole, lie)
+        assert await fetch(store, url) == (whole[:end] if lie.cut >= 0 else whole)
+    assert await fetch(store, server.serve("/busy.gz", whole, chunked=True, head=502)) == whole
+    with pytest.raises(Retryable, match=r"HEAD .*: status 502"):
+        await fetch(store, server.serve("/down.gz", whole, length=-1, cut=end, head=502))
 
 
 async def test_a_hanging_server_times_out(

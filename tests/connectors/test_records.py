@@ -144,12 +144,18 @@ async def test_a_cut_body_is_never_taken_for_a_whole_one(
         await all_of(f"file://{path}", environment)
 
 
-@pytest.mark.parametrize("suffix", ["csv.gz", "jsonl.zst"])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "csv.gz", "jsonl.zst"])
 async def test_an_error_page_is_no_data(tmp_path: Path, environment: Environment, suffix: str) -> None:
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(b"<html>404</html>")
-    with pytest.raises(Damaged, match=r"not (gzip|zstd)"):
+    with pytest.raises(Damaged, match=r"not (gzip|zstd)|web page, not (csv|jsonl)"):
         await all_of(f"file://{path}", environment)
+
+
+async def test_a_page_is_one_at_the_beginning_only(tmp_path: Path, environment: Environment) -> None:
+    path = tmp_path / "a.csv.gz"
+    path.write_bytes(gzip.compress(b"page\n") + gzip.compress(b"<html>404</html>\n"))
+    assert await all_of(f"file://{path}", environment) == [{"page": "<html>404</html>"}]
 
 
 async def test_an_object_that_was_replaced(tmp_path: Path, environment: Environment) -> None:

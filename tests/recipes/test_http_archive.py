@@ -529,6 +529,41 @@ async def test_a_late_hour_is_pending_and_lands_when_it_appears(site: Site) -> N
     assert (hours["bookmark"], hours["pending"], hours["covered"]) == (text(6), {}, 6)
 
 
+async def test_gaps_are_asked_for_once_more_when_the_url_was_wrong(quick_site: Site) -> None:
+    site = quick_site
+    served = site.serve(range(40))
+    served.pop("2024-01-01-30.json.gz")
+    site.server.remove("/2024-01-01-30.json.gz")
+    site.clock.jump(days=9)
+    wrong = site.lane(url=site.server.url("/typo/{t:%Y-%m-%d}-{t.hour}.json.gz"), until="2024-01-02T00")
+    await site.run(wrong)
+    assert (await site.hours(wrong))["missing"] == [[text(0), text(23)]]
+    right = site.lane(until="2024-01-02T00")
+    assert (await site.hours(right))["missing"] == [[text(0), text(23)]], "nothing was asked yet"
+    site.server.remove("/2024-01-01-7.json.gz")
+    await site.run(right)
+    hours = await site.hours(right)
+    assert (hours["missing"], hours["covered"]) == ([[text(7), text(7)]], 23)
+    assert site.landed() == {
+        f"2024-01-01-{n}.json.gz": served[f"2024-01-01-{n}.json.gz"] for n in range(24) if n != 7
+    }
+    asked = len(site.asked("HEAD"))
+    await site.run(right)
+    assert len(site.asked("HEAD")) == asked, "a gap for good"
+
+
+async def test_a_gap_doubted_need_not_end_with_a_period(quick_site: Site) -> None:
+    site = quick_site
+    served = site.serve(range(8))
+    site.clock.jump(days=9)
+    await site.run(
+        site.lane(url=site.server.url("/typo/{t:%Y-%m-%d}-{t.hour}.json.gz"), until="2024-01-01T08")
+    )
+    await site.run(site.lane(until="2024-01-01T08", step="5h"))
+    assert sorted(site.landed()) == ["2024-01-01-0.json.gz", "2024-01-01-5.json.gz"]
+    assert all(served[name] == data for name, data in site.landed().items())
+
+
 async def test_an_hour_missing_for_too_long_becomes_a_gap_for_good(site: Site) -> None:
     site.serve(range(6))
     for hour in (0, 1, 4):

@@ -116,7 +116,14 @@ class Database:
         Raises:
             ConfigError: there is no such file, it cannot be opened or made, or belongs to something else.
         """
-        return cls(clock, path, await hop(clock, _connect, path, write))
+        made: list[sqlite3.Connection] = []
+        try:
+            await hop(clock, lambda: made.append(_connect(path, write)))
+        except BaseException:
+            for connection in made:  # cancelled, but by then it was there
+                await hop(clock, connection.close)
+            raise
+        return cls(clock, path, made[0])
 
     async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """What `work` returns; where it raises, the transaction that it began is undone. A cancellation waits

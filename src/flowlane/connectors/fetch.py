@@ -163,6 +163,8 @@ async def _send(
 ) -> aiohttp.ClientResponse:
     try:
         return await session.request(method, url, headers=headers, allow_redirects=False)
+    except ssl.SSLCertVerificationError as error:  # a ValueError, too
+        no_answer(method, url, error)
     except ValueError as error:  # includes InvalidURL; of a header, aiohttp says only that it is unsafe
         # Only the first URL is the user's; what a server redirects to condemns that one object.
         kind = Permanent if redirected else ConfigError
@@ -178,7 +180,11 @@ def no_answer(method: str, url: str | URL, error: BaseException) -> NoReturn:
         why = f"host {error.host}: {error.os_error.strerror}"
         raise Permanent(f"{where}: {why}: set FLOWLANE_ALLOW_PRIVATE_HOSTS=1 to allow") from None
     if isinstance(error, aiohttp.ClientConnectorCertificateError | ssl.SSLCertVerificationError):
-        raise Permanent(f"{where}: the server's certificate is refused: {one_line(error)}") from None
+        why = one_line(getattr(error, "certificate_error", error))
+        raise Permanent(
+            f"{where}: the server's certificate is refused: {why}: to trust an authority of your own, name "
+            "its certificates in SSL_CERT_FILE"
+        ) from None
     if isinstance(error, aiohttp.ClientResponseError):
         raise Retryable(f"{where}: the answer is not HTTP: {one_line(error.message)}") from None
     if isinstance(error, TimeoutError):

@@ -22,7 +22,8 @@ _KINDS: Final = ("unspecified", "loopback", "link_local", "multicast", "private"
 def refused(address: str) -> str:
     """Why `address` (as a socket gets it) is not for requests from outside; empty if it is a public one.
 
-    An IPv6 address that carries an IPv4 one (mapped, 6to4, Teredo, NAT64) is judged by that too.
+    An IPv6 address that carries an IPv4 one (mapped, 6to4, NAT64) is judged by that, one of Teredo by
+    that too.
     """
     try:
         parsed = ipaddress.ip_address(address)
@@ -47,8 +48,8 @@ def _targets(address: Address) -> Iterator[Address]:
         yield address.ipv4_mapped
     elif address in _NAT64:
         yield ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    elif address.sixtofour:  # newer Pythons call all of them private, whatever they carry
+        yield address.sixtofour
     else:
         yield address
-        if address.sixtofour:
-            yield address.sixtofour
         yield from address.teredo or ()

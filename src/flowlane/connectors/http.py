@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Final, NamedTuple
 
 import aiohttp
@@ -194,9 +194,7 @@ class HttpBody:
         if response.status in (404, 410):
             raise Incomplete(f"GET {redact(url)}: status {response.status}: the object is gone")
         if response.status == 412:
-            raise Superseded(
-                f"GET {redact(url)}: the object is no longer the one with ETag {self._info.etag}"
-            )
+            raise await self._replaced()
         if response.status == 416:
             self._at_the_end(response)
             return
@@ -204,16 +202,40 @@ class HttpBody:
         fetch.refuse_encoding(url, response)
         if not self._position:
             self._wrapping = fetch.Wrapping(url) if fetch.encodings(response) else None
-        self._accept(response, _Extent.of(url, response))
-
-    def _accept(self, response: aiohttp.ClientResponse, extent: _Extent) -> None:
-        url = self._wanted.url
+        extent = _Extent.of(url, response)
         found = _describe(url, response, extent.total)
+        if self._info.etag and found.etag not in ("", self._info.etag):
+            raise await self._replaced(found.etag)
+        self._accept(response, extent, found)
+
+    async def _replaced(self, found: str = "") -> Superseded | Incomplete:
+        """What to raise: the ETag is no longer the one that was pinned, but `found`, if that is known.
+
+        HEAD has to bear it out: an ETag that changes with every answer, with the replica that gives it, or
+        between HEAD and GET tells of no other version, and nobody would ever find one.
+        """
+        self.close()
+        url, pinned = self._wanted.url, self._info.etag
+        is_now = f"is {found}, no longer {pinned}" if found else f"is no longer {pinned}"
+        why = f"GET {redact(url)}: the object's ETag {is_now}"
+        said = None
+        with suppress(Permanent, Retryable):
+            said = await self._head()
+        if said is None or not said.etag or (said.etag != pinned and found in ("", said.etag)):
+            return Superseded(why)
+        return Incomplete(
+            f"{why}; but HEAD says {said.etag}: have its server give one content one ETag, or none"
+        )
+
+    async def _head(self) -> ObjectInfo | None:
+        store = HttpStore(self._session, self._clock)
+        return await store.head(self._wanted.url, headers=self._wanted.headers)
+
+    def _accept(self, response: aiohttp.ClientResponse, extent: _Extent, found: ObjectInfo) -> None:
+        url = self._wanted.url
         pinned = self._info
-        if pinned.etag and found.etag != pinned.etag:
-            if not found.etag:
-                raise Incomplete(f"GET {redact(url)}: the answer has no ETag, {pinned.etag} was asked for")
-            raise Superseded(f"GET {redact(url)}: the object's ETag is {found.etag}, no longer {pinned.etag}")
+        if pinned.etag and not found.etag:
+            raise Incomplete(f"GET {redact(url)}: the answer has no ETag, {pinned.etag} was asked for")
         if pinned.etag and min(pinned.size, found.size) >= 0 and pinned.size != found.size:
             raise Incomplete(
                 f"GET {redact(url)}: {found.size:,} bytes, {pinned.size:,} before, with one ETag"
@@ -254,12 +276,36 @@ class HttpBody:
                 failures = 0 if as_announced else 1 if progress >= PROGRESS else failures + 1
                 progress = 0
                 await self._resume(over, failures)
+        if self._ended and self._info.size < 0 and self._wrapping is None:
+            await self._confirm()
 
     def _reached(self) -> bool:
         """Whether all that was asked for has been handed out."""
         known = [mark for mark in (self._wanted.end, self._info.size) if mark is not None and mark >= 0]
         goal = min(known, default=self._stop)
         return self._position >= goal if goal >= 0 else self._ended
+
+    async def _confirm(self) -> None:
+        """The body ended, and nothing said how long it is. A connection ends when its server dies, too; a
+        proxy before such a one ends its chunks as if nothing was; and what lies behind the end of a gzip
+        member nobody misses. HEAD may know of more."""
+        url = self._wanted.url
+        try:
+            said = await self._head()
+        except Permanent:
+            return  # it does not say
+        except Retryable:
+            if self._proven:
+                return
+            raise
+        if said is None or (said.etag and self._info.etag and said.etag != self._info.etag):
+            return  # it speaks of another one
+        # Only of more: some that count as they send answer HEAD with a length of 0.
+        if said.size > self._position:
+            raise Incomplete(
+                f"GET {redact(url)}: the body ended at byte {self._position:,}, "
+                f"HEAD says that there are {said.size:,}"
+            )
 
     async def _next(self) -> tuple[bytes, str]:
         """A block, and why there is no more to come (empty while there is)."""

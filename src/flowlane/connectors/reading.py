@@ -23,6 +23,7 @@ from flowlane.streams.dialect import CsvFormat
 from flowlane.streams.inflate import Decoder, decoder
 from flowlane.streams.jsonrows import JsonRows
 from flowlane.streams.kinds import Kind, kind_of
+from flowlane.streams.preview import is_page, preview
 
 T = TypeVar("T")
 
@@ -121,6 +122,8 @@ class Reading:
         self._decoder = decoder
         self._rows: Rows = CsvRows(form, position) if kind.rows == "csv" else JsonRows(position)
         self._cutter = Cutter(cut, position)
+        self._what = kind.rows
+        self._begun = False
         self._read = 0  # bytes, as stored
         self._counted = 0  # of them, those in the sizes of batches
 
@@ -139,6 +142,9 @@ class Reading:
         for block in blocks:
             self._read += len(block)
             for piece in self._decoder.feed(block):
+                if not self._begun and is_page(piece):
+                    raise Damaged(f"it is a web page, not {self._what}: it begins with {preview(piece)}")
+                self._begun = True
                 if self._rows.skipping:
                     self._counted = self._read
                 yield from self._batches(self._rows.feed(piece))

@@ -13,6 +13,7 @@ from base64 import b64encode
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from hashlib import blake2b
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
@@ -78,6 +79,10 @@ class Bookmark(Fact, type="bookmark"):
     )  #: refresh only: the version last found of each recent period
     heard: str = ""  #: the run in which the server, silent for some periods, did answer for others
     start: str = ""
+    asked: str = ""  #: which template said that the gaps are gaps
+    doubted: list[tuple[str, str]] = msgspec.field(
+        default_factory=list
+    )  #: gaps that another template said are gaps, to be asked for again; as ``gaps``
 
 
 def http_archive(
@@ -99,8 +104,8 @@ def http_archive(
 
     `url` is a ``str.format`` template over the period's beginning, the UTC datetime ``t``; so may `to` be,
     the folder they land in. A period is asked for once it is over; one that is missing for longer than
-    `max_gap` is a permanent gap. A `start` that is moved later on moves what is covered. User and password
-    of the `url` are sent, and not logged.
+    `max_gap` is a permanent gap, unless the `url` changes: then it is asked for once more. A `start` that is
+    moved later on moves what is covered. User and password of the `url` are sent, and not logged.
 
     ``verify="content"`` proves a ``.gz`` or ``.zst`` body by decoding it on the way through, ``"length"``
     trusts length and magic number. With `refresh`, an archive that is published again within `max_gap` is
@@ -163,6 +168,8 @@ class _Plan:
         self, url: str, start: datetime, until: datetime | None, step: str, to: str, max_gap: str
     ) -> None:
         self._url = url
+        #: Tells templates apart, and not what is in them.
+        self.template = blake2b(str(url).encode(), digest_size=8).hexdigest()
         if "://" not in str(to):
             raise ConfigError(f"to={to!r} is no URL: name a folder, as in file:///data/lake/")
         folder, mark, options = to.partition("?")
@@ -225,25 +232,33 @@ class _Plan:
 
 
 def _fitted(plan: _Plan, mark: Bookmark | None) -> Bookmark:
-    """`mark` as the plan's start, which may have been moved since, lets it stand. What lies before the start
-    is forgotten; if the start is moved back, it is found known, or asked for again."""
+    """`mark` as the plan's start and template, which may have been changed since, let it stand. What lies
+    before the start is forgotten; if the start is moved back, it is found known, or asked for again."""
     start = _text(plan.start)
     if mark is None:
-        return Bookmark(next=start, start=start)
+        return Bookmark(next=start, start=start, asked=plan.template)
     began = _parse(mark.start or start)
     if plan.until is not None and plan.until < began:
-        return Bookmark(next=start, start=start)  # apart from what is covered
+        return Bookmark(next=start, start=start, asked=plan.template)  # apart from what is covered
+    if mark.asked not in ("", plan.template):
+        mark = msgspec.structs.replace(mark, gaps=[], doubted=sorted(mark.doubted + mark.gaps))
+    mark = msgspec.structs.replace(mark, asked=plan.template)
     if began > plan.start:
         return mark
-    gaps = [(max(_parse(first), plan.start), _parse(last)) for first, last in mark.gaps]
     return msgspec.structs.replace(
         mark,
         next=_text(max(_parse(mark.next), plan.start)),
         start=start,
         pending={text: item for text, item in mark.pending.items() if _parse(text) >= plan.start},
         etags={text: etag for text, etag in mark.etags.items() if _parse(text) >= plan.start},
-        gaps=[(_text(first), _text(last)) for first, last in gaps if first <= last],
+        gaps=_from(plan.start, mark.gaps),
+        doubted=_from(plan.start, mark.doubted),
     )
+
+
+def _from(start: datetime, ranges: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """What of `ranges` does not lie before `start`."""
+    return [(max(first, _text(start)), last) for first, last in ranges if _parse(last) >= start]
 
 
 class _Search:
@@ -260,6 +275,7 @@ class _Search:
         self._start, self._next = _parse(fitted.start), _parse(fitted.next)
         self._pending = dict(fitted.pending)
         self._gaps = list(fitted.gaps)
+        self._doubted = list(fitted.doubted)
         self._etags = dict(fitted.etags)
         self._heard = fitted.heard
         self._answers = 0
@@ -270,7 +286,7 @@ class _Search:
 
     async def chunks(self) -> AsyncIterator[list[datetime]]:
         """What to ask for: pending periods, those after the bookmark, then those before it, if the start was
-        moved back. A server that is down is not asked for years of hours."""
+        moved back, and gaps that are doubted. A server that is down is not asked for years of hours."""
         again = sorted(_parse(text) for text in {**self._pending, **(self._etags if self._refresh else {})})
         for i in range(0, len(again), PROBES):
             yield again[i : i + PROBES]
@@ -283,6 +299,13 @@ class _Search:
         while self._start > start and self._goes_on():
             count = -((start - self._start) // step)  # of periods before what is covered
             yield [start + n * step for n in range(max(count - PROBES, 0), count)]
+        while self._doubted and self._goes_on():
+            first, last = map(_parse, self._doubted[0])
+            periods = [first + n * step for n in range(min(PROBES, (last - first) // step + 1))]
+            rest = periods[-1] + step
+            self._doubted[:1] = [(_text(rest), _text(last))] if rest <= last else []
+            self.changed = True
+            yield periods
 
     def _goes_on(self) -> bool:
         """Whether to ask for more: somebody answers, and the bookmark has room."""
@@ -387,6 +410,8 @@ class _Search:
             etags=dict(self._etags),
             heard=self._heard,
             start=_text(self._start),
+            asked=self._plan.template,
+            doubted=list(self._doubted),
         )
 
     def _is_heard(self) -> bool:
@@ -467,7 +492,7 @@ async def _coverage(plan: _Plan, log: LogView) -> dict[str, Any]:
     """The map that ``flowlane status`` shows."""
     mark = _fitted(plan, await log.recall(Bookmark))
     start, following = _parse(mark.start), _parse(mark.next)
-    gaps, pending = mark.gaps, mark.pending
+    gaps, pending = sorted(mark.gaps + mark.doubted), mark.pending
     missing = sum(int((_parse(b) - _parse(a)) / plan.step) + 1 for a, b in gaps)
     dead = {unit.rpartition("hour/")[2]: reason async for unit, reason in log.dead() if "/hour/" in unit}
     loading = [unit.rpartition("hour/")[2] async for unit in log.open() if "/hour/" in unit]
