@@ -306,10 +306,29 @@ async def test_suffixes_are_told_in_any_case(quick: Site) -> None:
 
 
 async def test_a_key_that_is_written_in_other_cases_is_said(quick: Site) -> None:
-    quick.put("a.zip", {"x.csv": "ID,n\n1,a\n", "x.json": BY_ID})
+    quick.put("a.zip", {"x.jsonl": '{"ID": "1"}\n', "x.json": BY_ID})
     await quick.run()
     (bad,) = quick.quarantined()
     assert bad["reason"] == "no value for its key id: it has ID, which is another name"
+
+
+async def test_a_file_whose_header_has_no_key_is_dead_until_the_lane_can_read_it(quick: Site) -> None:
+    """Each of its rows alone would be bad: few enough not to count beside those of the other files."""
+    many = "id,n\n" + "".join(f"{number},a\n" for number in range(1000))
+    quick.put("a.zip", {"x.csv": many, "x.json": BY_ID, "y.csv": "id;n\n1;a\n", "y.json": BY_ID})
+    report = await quick.run()
+    assert (report.outcome, report.records["quarantined"]) == ("failed", 0)
+    (dead,) = report.dead
+    assert "'y.csv'): it has no column id, which is its key by its manifest, but 'id;n'" in dead["reason"]
+    await quick.redrive(quick.lane(csv=CsvFormat(delimiter=";")))
+    assert quick.rows("y") == [{"id": "1", "n": "a"}]
+
+
+async def test_a_header_without_the_key_is_no_matter_where_the_lane_makes_it(quick: Site) -> None:
+    quick.put("a.zip", {"x.csv": "ID\n1\n\n", "x.json": BY_ID})
+    lane = quick.lane(map=lambda record: {"id": record["ID"]})
+    assert (await quick.run(lane)).outcome == "settled"
+    assert quick.rows("x") == [{"id": "1"}]
 
 
 async def test_a_zip_on_the_web_is_loaded_again_when_it_changes(quick: Site) -> None:
@@ -393,6 +412,16 @@ async def test_what_is_passed_over_is_counted_in_the_log(quick: Site) -> None:
     assert told == [
         {"passed-over": {"directories": 1, "litter": 2, "others": 2, "names": ["README.txt", "meta.json"]}}
     ]
+
+
+async def test_what_a_manifest_names_and_is_not_there_is_told_in_the_log(quick: Site) -> None:
+    files = {"y.csv": {"partition_key": "id"}, "w.csv": {"partition_key": "id"}}
+    quick.put("a.zip", {"d/y.csv": "id\n1\n", "d/manifest.json": files})
+    quick.put("b.zip", {"y.csv": "id\n2\n", "w.csv": "id\n1\n", "manifest.json": files})
+    assert (await quick.run()).outcome == "settled"
+    told = [progress(e).steps for e in await quick.log() if e.type == "step.done"]
+    nothing = {"directories": 0, "litter": 0, "others": 0, "names": []}
+    assert told == [{"passed-over": {**nothing, "absent": 1, "absent_names": ["d/w.csv"]}}]
 
 
 async def test_dialects_maps_and_inferred_types(quick: Site) -> None:

@@ -267,6 +267,7 @@ def test_bad_rows_say_where_and_why() -> None:
     assert found[0][1] == "1 fields, there are 2 columns"
     assert found[1][1] == "not utf-8"
     assert "',' expected after '\"'" in found[2][1]
+    assert found[4][1] == "a CR within a field that is not quoted: quote it, or end lines with LF"
     assert records(data)[-1] == {"a": "3", "b": "4"}
 
 
@@ -360,13 +361,24 @@ def test_not_even_a_header(data: bytes) -> None:
         (b'"a\nb', "does not end"),
         (b'"a"b\n', "malformed"),
         (b"a,b\r1,2\r", "its lines end with CR alone: convert them to LF"),
-        (b"\xff\n", "not utf-8"),
+        (b"\xff\n", "not utf-8: say what it is in encoding="),
+        ("\ufeffa,b\n1,2\n".encode("utf-16-le"), "is UTF-16: convert it to UTF-8"),
+        ("\ufeffa,b\n1,2\n".encode("utf-16-be"), "is UTF-16: convert it to UTF-8"),
+        ("a,b\n1,2\n".encode("utf-16-le"), "header is UTF-16, or no text: convert it to UTF-8"),
+        (b"PK\5\6" + bytes(18), "header is UTF-16, or no text"),
         (b"x" * 300, "no end of its CSV header within 200 bytes"),
     ],
 )
 def test_headers_that_are_none(data: bytes, says: str) -> None:
     with pytest.raises(Permanent, match=says):
         batches(data, CsvFormat(max_row=200), chunks=[50])
+
+
+@pytest.mark.parametrize("chunks", [[], [1], [3]])
+def test_utf_16_is_refused_without_a_header_too(chunks: list[int]) -> None:
+    form = CsvFormat(header=False, columns=["a", "b"])
+    with pytest.raises(Permanent, match="is UTF-16"):
+        batches("\ufeff1,2\n3,4\n".encode("utf-16-le"), form, chunks=chunks)
 
 
 def test_what_is_passed_over_is_checked() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowlane.errors import Superseded
+from flowlane.errors import Permanent, Superseded
 from flowlane.ports import Bad, Batch, Cut
 from flowlane.state import Position
 from flowlane.streams.cutting import Cutter
@@ -84,6 +84,30 @@ def test_lines_that_are_no_objects_say_why() -> None:
     assert "not JSON" in batch.bad[1].reason
     assert len(batch.bad[2].raw) <= 1000
     assert batch.records == [{"a": 1}]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'[{"a":1},{"a":2}]',
+        b'[\n  {"a":1},\n  {"a":2}\n]\n',
+        b'\xef\xbb\xbf[ \r\n{"a":1}\r\n]\r\n',
+        b'\n  \n [ {"a":1},\n{"a":2}\n]',
+        b'[{"a":1},' + b'{"a":2},' * 200 + b'{"a":3}]',  # longer than a line may be
+        b"[",
+    ],
+)
+@pytest.mark.parametrize("chunks", [(), (1,), (7,)])
+def test_an_array_is_refused_as_a_whole(data: bytes, chunks: Sequence[int]) -> None:
+    with pytest.raises(Permanent, match=r"is a JSON array.*jq -c '\.\[\]'\): it begins with '\["):
+        batches(data, chunks=chunks, limit=1000)
+
+
+def test_an_array_on_a_line_behind_an_object_is_one_bad_line() -> None:
+    (batch,) = batches(b'{"a":1}\n[{"a":2}]\n')
+    assert (batch.records, [bad.row for bad in batch.bad]) == ([{"a": 1}], [1])
+    (rest,) = batches(b'{"a":1}\n[{"a":2}]\n', start=batches(b'{"a":1}\n')[0].end)
+    assert (rest.records, [bad.row for bad in rest.bad]) == ([], [1])
 
 
 def test_a_byte_order_mark_is_dropped() -> None:

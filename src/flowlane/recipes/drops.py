@@ -155,9 +155,12 @@ class Looking:
         self._limits = limits
         self._wholes: dict[int, Whole | Permanent] = {}  # by index; or what is wrong with it
         self._guesses: frozenset[str] = frozenset()
+        self._absent: Sequence[str] = ()  # what manifests of folders name, and is not there
 
     async def members(self) -> AsyncIterator[Member]:
-        """The drop's data files, in the directory's order; then the log is told what was passed over."""
+        """The drop's data files, in the directory's order; then the log is told what was passed over, and
+        what a manifest names that is not there: one manifest may serve many zips, each of which has some of
+        its files, and so that is nobody's fault yet."""
         contents = await self._contents()
         files = contents.files
         for at in range(await self._registered(files), len(files), READS):
@@ -187,6 +190,7 @@ class Looking:
                 stems.update(folder + stem for stem in whole.stems)
         if not (paths or self._guesses or stems):
             return contents
+        self._absent = await self._ctx.offload(_absent, paths, self._archive.entries)
         return await self._sorted(paths | self._guesses, stems)
 
     async def _sorted(self, paths: Iterable[str] = (), stems: Iterable[str] = ()) -> Contents:
@@ -303,14 +307,25 @@ class Looking:
             "litter": contents.litter,
             "others": len(contents.others),
         }
-        if not any(counts.values()):
+        told: dict[str, Any] = dict(counts)
+        told["names"] = [entry.name[:100] for entry in contents.others[:_NAMES_TOLD]]
+        if self._absent:
+            told |= {
+                "absent": len(self._absent),
+                "absent_names": [name[:100] for name in self._absent[:_NAMES_TOLD]],
+            }
+        elif not any(counts.values()):
             return
-        names = [entry.name[:100] for entry in contents.others[:_NAMES_TOLD]]
 
         async def passed_over() -> dict[str, Any]:
-            return {**counts, "names": names}
+            return told
 
         await self._ctx.step("passed-over", passed_over)
+
+
+def _absent(paths: set[str], entries: Sequence[Entry]) -> list[str]:
+    """Those of `paths` that no entry is called as."""
+    return sorted(paths.difference(entry.name for entry in entries))
 
 
 def _several(count: int, manifest: Entry) -> Permanent:

@@ -7,9 +7,10 @@ from base64 import b64decode
 from binascii import Error as Base64Error
 from collections.abc import Callable, Sequence
 from decimal import Context, Decimal
+from itertools import islice
 from typing import Any, Final
 
-from flowlane.errors import BadRecord
+from flowlane.errors import BadRecord, Permanent
 from flowlane.ports import Record
 
 #: A number that is written as numbers are shown, so that its text can be had again: no 007, 1.50, +1 or 1e3.
@@ -20,6 +21,7 @@ _CONSTANTS: Final[dict[str, bool | None]] = {"true": True, "false": False, "null
 _NUMBER: Final = re.compile(r"[+-]?(?:\d{1,100}\.?\d{0,100}|\.\d{1,100})(?:[eE][+-]?\d{1,3})?", re.ASCII)
 _EXACT: Final = Context(prec=400)
 _DIGITS: Final = 38
+_COLUMNS_TOLD: Final = 8
 
 
 def inferred(record: Record) -> Record:
@@ -40,11 +42,12 @@ def _inferred(text: str) -> Any:
     return _CONSTANTS.get(text, text)
 
 
-def keyed(key: Sequence[tuple[str, str]]) -> Callable[[Record], Record]:
+def keyed(key: Sequence[tuple[str, str]], *, alike: bool = False) -> Callable[[Record], Record]:
     """A function that gives the columns of `key` their types (``S``, ``N``, ``B``), so that equal keys are
     equal however they were written: ``1``, ``01`` and ``1.0`` are one number.
 
-    It raises ``BadRecord`` for a record that has no value for one of them, or none that fits.
+    It raises ``BadRecord`` for a record that has no value for one of them, or none that fits; where records
+    are `alike`, as a header makes them, ``Permanent`` for one without the column: so are they all.
     """
     columns = [(name, type_, _KEYS[type_]) for name, type_ in key]
 
@@ -52,6 +55,8 @@ def keyed(key: Sequence[tuple[str, str]]) -> Callable[[Record], Record]:
         made = dict(record)
         for name, type_, convert in columns:
             value = record.get(name)
+            if value is None and alike and name not in record:
+                raise Permanent(_absent(record, name))
             if value is None or (isinstance(value, str | bytes) and not value):
                 raise BadRecord(f"no value for its key {name}{_alike(record, name)}")
             try:
@@ -61,6 +66,16 @@ def keyed(key: Sequence[tuple[str, str]]) -> Callable[[Record], Record]:
         return made
 
     return typed
+
+
+def _absent(record: Record, name: str) -> str:
+    """What is said of a file none of whose records has the column `name`."""
+    columns = ", ".join(map(ascii, islice(record, _COLUMNS_TOLD)))
+    more = ", ..." if len(record) > _COLUMNS_TOLD else ""
+    return (
+        f"it has no column {name}, which is its key by its manifest, but {columns[:200]}{more}: mend csv= or "
+        "map of the lane and redrive, or the manifest and send it again"
+    )
 
 
 def _alike(record: Record, name: str) -> str:

@@ -38,6 +38,7 @@ from flowlane.recipes.manifest import Declared
 from flowlane.recipes.values import inferred, keyed
 from flowlane.status import LogView
 from flowlane.streams.dialect import CsvFormat
+from flowlane.streams.kinds import kind_of
 from flowlane.streams.zip.entry import ZipLimits
 
 Mode = Literal["upsert", "append"]
@@ -245,8 +246,14 @@ class Loading:
         if self.enrich is not None:
             rows = rows.enrich(self.enrich)
         if spec.types:
-            rows = rows.map(keyed(spec.types))
+            rows = rows.map(keyed(spec.types, alike=self._are_alike(member)))
         await ctx.load(rows, to=self.to, into=spec)
+
+    def _are_alike(self, member: Member) -> bool:
+        """Whether all records of `member` have the same columns when they get their keys."""
+        changed = self.map is not None or self.enrich is not None
+        name = member.entry.name.rpartition("/")[2]
+        return not changed and kind_of(name, member.format).rows == "csv"
 
 
 def _is_list(tables: Any) -> bool:

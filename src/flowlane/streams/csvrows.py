@@ -30,7 +30,12 @@ from flowlane.streams.nulls import Nulls
 from flowlane.streams.preview import preview
 
 _BOM: Final = b"\xef\xbb\xbf"
+_UTF16: Final = (b"\xff\xfe", b"\xfe\xff")  # its byte order marks
 _SURROGATE: Final = re.compile("[\udc80-\udcff]")
+#: What the module says of a CR within a field, with an advice (another one from Python 3.13 on) for those who
+#: call it; and what is said here.
+_CR_SAID: Final = re.compile("new-line character seen in unquoted field.*")
+_CR: Final = "a CR within a field that is not quoted: quote it, or end lines with LF"
 
 
 class _More(Exception):
@@ -129,8 +134,11 @@ class CsvRows:
     def _header_end(self, held: bytes, last: bool) -> int:
         """Where the byte order mark and the header in `held` end; -1: not in it."""
         mark = len(_BOM) if self._form.utf8 and held.startswith(_BOM) else 0
-        if not last and self._form.utf8 and len(held) < len(_BOM) and _BOM.startswith(held):
+        if not last and self._form.utf8 and any(m != held and m.startswith(held) for m in (_BOM, *_UTF16)):
             return -1
+        if self._form.utf8 and held.startswith(_UTF16):
+            # To UTF-8 it is mostly NULs and ASCII: without a header to look at, they would do as values.
+            raise Permanent(f"it is UTF-16: convert it to UTF-8: {preview(held)}")
         if not self._form.header:
             return mark
         whole = len(held) if last else held.rfind(b"\n") + 1
@@ -159,8 +167,13 @@ class CsvRows:
             if b"\r" in data and b"\n" not in data:
                 raise Permanent(f"its lines end with CR alone: convert them to LF: {preview(data)}") from None
             raise Permanent(f"its CSV header is malformed ({error}): {preview(data)}") from None
+        if any("\0" in name for name in row):
+            raise Permanent(f"its CSV header is UTF-16, or no text: convert it to UTF-8: {preview(data)}")
         if any(map(_SURROGATE.search, row)):
-            raise Permanent(f"its CSV header is not {self._form.encoding}: {preview(data)}")
+            raise Permanent(
+                f"its CSV header is not {self._form.encoding}: say what it is in encoding= of its CsvFormat: "
+                f"{preview(data)}"
+            )
         if not self._columns:
             check_names(row, self._form.max_columns, Permanent)
             self._columns = tuple(row)
@@ -275,7 +288,7 @@ class CsvRows:
                 except _More:
                     overlong = True
                 except csv.Error as error:
-                    wrong = str(error)
+                    wrong = _CR_SAID.sub(_CR, str(error))
                 at = base + reader.line_num
                 size = ends[at] - ends[first]
                 if overlong and (first == at or (not last and size <= limit)):

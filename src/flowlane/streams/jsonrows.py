@@ -1,25 +1,32 @@
 """JSON Lines by the block (jsonlines.org): one object per line, with the place of every one in the bytes.
 
-No I/O and bounded memory. A line that is no JSON object is ``Bad``; a blank line is none.
+No I/O and bounded memory. A line that is no JSON object is ``Bad``; a blank line is none. A body that is one
+array of objects is refused as a whole, however it is spread over lines: else each line would be ``Bad``, save
+that of an object without a comma behind it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from io import BytesIO
 from typing import Any, Final
 
 import msgspec
 
+from flowlane.errors import Permanent
 from flowlane.ports import Bad, Record
 from flowlane.state import Position
 from flowlane.streams.aligned import Aligned, Stretch, shown
 from flowlane.streams.cutting import Chunk, Skip
 from flowlane.streams.lines import MAX_LINE
+from flowlane.streams.preview import preview
 
 _decoder: Final = msgspec.json.Decoder(dict[str, Any])
 _REFUSED: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _BOM: Final = b"\xef\xbb\xbf"
+#: How an array of objects begins: on one line with the first of them, or on a line of its own.
+_ARRAY: Final = re.compile(rb"\[[ \t]*(?:\{|\r?(?:\n|\Z))")
 
 
 class JsonRows:
@@ -29,6 +36,7 @@ class JsonRows:
         self._skip = Skip(start)
         self._row = start.row
         self._first = start.offset == 0  # line, which a byte order mark may stand before
+        self._begun = start.offset > 0  # whether a line that is not blank has come
         self._aligned = Aligned(max_row)
 
     @property
@@ -49,6 +57,7 @@ class JsonRows:
         """The rows that `piece` completes; use them up before the next piece.
 
         Raises:
+            Permanent: the body is an array.
             Superseded: what is passed over is not what was read before.
         """
         for stretch in self._aligned.feed(self._skip.feed(piece)):
@@ -58,6 +67,7 @@ class JsonRows:
         """The input has ended: the last rows.
 
         Raises:
+            Permanent: as for ``feed``.
             Superseded: it ended before the position to start from.
         """
         self._skip.close()
@@ -66,6 +76,8 @@ class JsonRows:
 
     def _stretch(self, stretch: Stretch) -> Chunk:
         first, self._first = self._first, False
+        if not self._begun:
+            self._begin(stretch.data.removeprefix(_BOM) if first else stretch.data)
         if stretch.kind == "lines":
             chunk = self._at_once(stretch.data)
             return self._one_by_one(stretch.data, first) if chunk is None else chunk
@@ -74,6 +86,16 @@ class JsonRows:
             bad = [Bad(self._row, stretch.reason, stretch.raw)]
             self._row += 1
         return Chunk(stretch.data, bad, len(bad), [len(stretch.data)] * len(bad))
+
+    def _begin(self, data: bytes) -> None:
+        """Refuse the body if `data`, its first lines or a part of one that is too long, begin an array."""
+        data = data.lstrip()
+        self._begun = bool(data)
+        if _ARRAY.match(data):
+            raise Permanent(
+                "it is a JSON array, and not an object on each line: convert it to JSON Lines (jq -c '.[]'): "
+                f"it begins with {preview(data)}"
+            )
 
     def _at_once(self, data: bytes) -> Chunk | None:
         """The rows of `data` if each of its lines is one object; ``None``: look closer.

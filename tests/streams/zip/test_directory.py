@@ -321,6 +321,15 @@ def test_what_is_no_archive() -> None:
     assert read(archive([])) == []
 
 
+def test_an_error_page_in_place_of_an_archive_is_told_by_how_it_begins() -> None:
+    with pytest.raises(Damaged, match=r"18 bytes: it begins with '<html>404</html>\\r\\n'"):
+        read(b"<html>404</html>\r\n")
+    with pytest.raises(Damaged, match="it is empty"):
+        read(b"")
+    with pytest.raises(Damaged, match=r"in its last 65,\d+ bytes$"):
+        read(b"<html>" + bytes(100_000))
+
+
 def test_an_archive_behind_another_one_is_damaged_behind_anything_else_it_is_read() -> None:
     whole = archive(SMALL)
     with pytest.raises(Damaged, match="two archives in one file"):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from flowlane.errors import Damaged
+from flowlane.streams.preview import preview
 
 _END: Final = struct.Struct("<4s4H2LH")  # 4.3.16
 _LOCATOR: Final = struct.Struct("<4sLQL")  # 4.3.15
@@ -64,9 +65,16 @@ def find_end(tail: bytes, size: int) -> End:
         )
     if whole or followed:
         return (whole or followed)[0]
-    raise Damaged(
-        reason or f"not a zip, or cut: there is no whole end record in its last {len(tail):,} bytes"
-    )
+    raise Damaged(reason or _none(tail, size))
+
+
+def _none(tail: bytes, size: int) -> str:
+    """What is said of an object without an end record: an error page in place of a zip is told by how it
+    begins, where that is known."""
+    if not size:
+        return "not a zip, or cut: it is empty"
+    begins = f": it begins with {preview(tail)}" if len(tail) == size else ""
+    return f"not a zip, or cut: there is no whole end record in its last {len(tail):,} bytes{begins}"
 
 
 def _records(tail: bytes) -> Iterator[tuple[int, int]]:
