@@ -372,3 +372,18 @@ async def test_a_stream_that_may_not_be_made_is_told_of(
         async with opened(name := new_name()) as backend:
             with pytest.raises(ConfigError, match=f"making Kinesis stream {name}-suite.apply: not allowed"):
                 await backend.create(SPECS[1:2])
+
+
+async def test_who_receives_is_told_that_a_stream_takes_nothing(
+    ministack: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a run would wait for ever for what it cannot hand over."""
+    async with FaultProxy(ministack) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        async with opened(new_name()) as backend:
+            await backend.create(SPECS)
+            proxy.inject("kinesis.PutRecords", refused(400, "AccessDeniedException", "no"))
+            await applied(backend, begin(unit("a")))
+            with pytest.raises(ConfigError, match=r"apply.*not allowed"):
+                await backend.receive(["load"], 10, lease=30)
+            assert not await backend.receive(["load"], 10, lease=30), "told once"

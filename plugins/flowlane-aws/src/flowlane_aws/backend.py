@@ -234,8 +234,9 @@ class AwsBackend:
     async def receive(
         self, stages: Sequence[str], limit: int, *, lease: float, wait: float = 0
     ) -> Sequence[Delivery]:
-        if self._refused is not None:
-            refused, self._refused = self._refused, None
+        refused = self._refused or self._carriers.refused
+        if refused is not None:
+            self._refused = self._carriers.refused = None
             raise refused
         return await self._with_heads(await self.queues.receive(stages, limit, lease=lease, wait=wait))
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from flowlane.errors import FlowlaneError
+from flowlane.errors import ConfigError, FlowlaneError
 from flowlane.events import encode
 from flowlane.ports import Channel, ChannelRecord, Publish
 from flowlane_aws.bounded import all_of
@@ -21,6 +21,8 @@ class Carriers:
     def __init__(self, queues: Queues, channel: Callable[[str], Channel]) -> None:
         self._queues = queues
         self._channel = channel
+        #: Why a channel takes nothing. Who receives next is told: what was not put is waited for in vain.
+        self.refused: ConfigError | None = None
 
     async def send(self, owed: Sequence[Publish]) -> Sequence[bool]:
         """For each of `owed`, whether its queue or its channel has it now; see ``Queues.send``. For one that
@@ -54,6 +56,8 @@ class Carriers:
             await self._channel(stage).put([_record(owed[number]) for number in numbers])
         except FlowlaneError as error:
             logger.warning("stage %s: %d deliveries may not be sent yet: %s", stage, len(numbers), error)
+            if isinstance(error, ConfigError):
+                self.refused = error
             return
         for number in numbers:
             answers[number] = True
