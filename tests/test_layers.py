@@ -30,6 +30,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
         "parking",
         "plan",
         "pump",
+        "reasons",
         "redrive",
         "report",
         "status",

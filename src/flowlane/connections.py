@@ -21,11 +21,11 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from flowlane.clock import Clock
-from flowlane.engine import describe
 from flowlane.errors import FlowlaneError, Unauthorized
 from flowlane.hookspecs import Kind
 from flowlane.plugins import Registry
 from flowlane.ports import Backend, Environment, Notifier, Sink, Source, Store
+from flowlane.reasons import describe
 from flowlane.veil import conceal, remember
 
 logger = logging.getLogger("flowlane")

@@ -19,12 +19,13 @@ import msgspec
 
 from flowlane import events
 from flowlane.committer import ordinary
-from flowlane.engine import Engine, describe
+from flowlane.engine import Engine
 from flowlane.errors import ConfigError, Permanent
 from flowlane.events import Event
 from flowlane.handling import Handling
 from flowlane.parking import park, refusal, stray
 from flowlane.ports import ChannelBatch, ChannelRecord, Delivery
+from flowlane.reasons import describe
 
 logger = logging.getLogger("flowlane")
 

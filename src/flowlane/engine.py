@@ -36,9 +36,9 @@ from flowlane.ports import (
     Connections,
     Delivery,
 )
+from flowlane.reasons import describe, leaf
 from flowlane.state import status
 from flowlane.turns import WAITS, Turns
-from flowlane.veil import conceal
 
 if TYPE_CHECKING:
     from flowlane.pump import Slot
@@ -62,8 +62,6 @@ _CHANGES = 200
 #: What ends more than the one attempt. All else that is no ``Exception`` is a unit's own trouble: a panic in
 #: a library that is written in Rust, say.
 _ENDS = (asyncio.CancelledError, KeyboardInterrupt, GeneratorExit)
-#: Of several errors at once the first of these kinds says what becomes of the unit.
-_DECISIVE = (Fenced, ConfigError, Permanent, Superseded, Retryable, Interrupted)
 
 
 class Engine:
@@ -411,6 +409,8 @@ class Engine:
             about = {"lane": attempt.lane, "run": attempt.run, "stage": attempt.stage.name}
             about["unit"] = attempt.unit
             logger.log(level, "%s %s: %s", attempt.unit, attempt.outcome, describe(error), extra=about)
+            if not isinstance(error, Interrupted | Fenced):
+                logger.debug("%s: what ended its attempt", attempt.unit, exc_info=error, extra=about)
 
     def _dead(self, attempt: Attempt, reason: str) -> Commit:
         attempt.outcome = "dead"
@@ -495,33 +495,6 @@ class Engine:
         """Do again what the end of a unit owed: the check whether its run is complete."""
         if head.run:
             await complete(self, head.run, head.round)
-
-
-def leaf(error: BaseException) -> BaseException:
-    """What a group of errors (of a handler's ``TaskGroup``) comes down to: the one that decides most, or the
-    first where none is known."""
-    while isinstance(error, BaseExceptionGroup):
-        known = [found for kind in _DECISIVE if (found := error.subgroup(kind)) is not None]
-        error = (known[0] if known else error).exceptions[0]
-    if isinstance(error, SystemExit):  # of one unit's code: no reason for all the others to end
-        said = f"the stage called sys.exit({error.code!r}) in the middle of its work"
-        return Permanent(f"{said}: raise Permanent(...) there")
-    return error
-
-
-def describe(error: BaseException) -> str:
-    """`error` as one line for the log: typed errors speak for themselves, others say their type too."""
-    try:
-        said = str(error)
-    except Exception:  # noqa: BLE001  # of the user's own making
-        said = ""
-    # Text that UTF-8 cannot hold, such as a file's undecodable name, would make the event that tells of it
-    # impossible, and its unit with it.
-    said = conceal(said.encode("utf-8", "backslashreplace").decode())
-    text = " ".join(said.split()) or type(error).__name__
-    if not isinstance(error, Permanent | Retryable | ConfigError | Superseded | Fenced | Interrupted):
-        text = f"{type(error).__name__}: {text}"
-    return text[:1000]
 
 
 def _attribute(event: Any, name: str) -> str:

@@ -18,10 +18,11 @@ from flowlane.attempt import Attempt, Outcome
 from flowlane.committer import lasting, ordinary
 from flowlane.conveyor import Conveyor
 from flowlane.deadline import Deadline, Interrupted
-from flowlane.engine import Engine, describe
+from flowlane.engine import Engine
 from flowlane.errors import ConfigError, Fenced, Retryable
 from flowlane.handling import Handling
 from flowlane.ports import Delivery
+from flowlane.reasons import describe
 
 logger = logging.getLogger("flowlane")
 

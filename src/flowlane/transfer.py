@@ -326,6 +326,9 @@ def apply_map(
         except BadRecord as error:
             bad.append(Bad(row, conceal(str(error)), repr(record)[:1000]))
             continue
+        except Exception as error:
+            error.add_note(f"row {row}")
+            raise
         if result is None:
             went.skipped += 1
         elif isinstance(result, dict):

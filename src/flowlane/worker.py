@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 from flowlane.committer import lasting, ordinary
 from flowlane.compose import Application
 from flowlane.deadline import Deadline
-from flowlane.engine import describe
 from flowlane.errors import FlowlaneError, Retryable
 from flowlane.lane import Completed, Lane, Notify, duration, stream_of
 from flowlane.pump import Pump
+from flowlane.reasons import describe
 from flowlane.report import Report, read_report
 from flowlane.state import progress, status
 from flowlane.sweep import sweep

@@ -147,6 +147,32 @@ def test_debug_shows_the_traceback(cli_in: Cli, arguments: list[str]) -> None:
     assert result.stderr.splitlines()[-1].startswith("flowlane: raises.py, line 2")
 
 
+RAISING = """
+from flowlane import Lane, Policy
+
+lane = Lane("raising", policy=Policy(retries=0))
+
+def parse(text):
+    return float(text)
+
+@lane.stage(on=lane.triggered)
+async def find(event, ctx):
+    parse("x")
+"""
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_debug_shows_what_stages_raise(cli_in: Cli, debug: bool) -> None:
+    Path("raising.py").write_text(RAISING)
+    result = cli_in("run", "raising.py", *(["--debug"] if debug else []))
+    assert result.exit_code == 1
+    assert (
+        "ValueError: could not convert string to float: 'x' (raising.py, line 7, in parse)" in result.output
+    )
+    assert ("Traceback" in result.stderr) == debug
+    assert ("return float(text)" in result.stderr) == debug
+
+
 def test_a_defect_is_one_line_too(cli_in: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flowlane.cli.setup.show_plugins", lambda: 1 / 0)
     result = cli_in("plugins")

@@ -267,7 +267,7 @@ def test_any_error_can_be_told(error: Exception, said: str) -> None:
             raise error
 
         report = await bench.run(lane_of(load, policy=ONCE))
-        assert only(report) == said
+        assert only(report).partition(" (test_attempt.py, line ")[0] == said
         assert report.seconds < 1, "not after lease upon lease"
 
     simulate(scenario)
@@ -289,7 +289,7 @@ async def test_a_panic_fails_its_unit_and_not_the_worker(bench: Bench) -> None:
         raise Panic("in a task")
 
     report = await bench.run(lane_of(load, units=[Thing(n=1), Thing(n=2)]))
-    assert sorted(dead["reason"] for dead in report.dead) == [
+    assert sorted(dead["reason"].partition(" (")[0] for dead in report.dead) == [
         "Panic: in a task",
         "Panic: index out of bounds",
     ]

@@ -14,9 +14,9 @@ import pytest
 from flowlane import ConfigError, Context, Event, Lane, Permanent, Policy, Retryable, Unit, events
 from flowlane.backends.memory import MemoryBackend
 from flowlane.deadline import Deadline
-from flowlane.engine import leaf
 from flowlane.ports import Commit, Delivery
 from flowlane.pump import AGAIN, PATIENCE, Pump
+from flowlane.reasons import leaf
 from flowlane.testing.clock import VirtualClock
 from flowlane.worker import run_once, serve
 from tests.engine.test_engine import EPOCH, QUICK, Bench, Thing, lane_of, only, simulate, virtual

@@ -22,12 +22,13 @@ from flowlane import events
 from flowlane.aws_lambda.wanted import Start, Sweep, Wanted, restart
 from flowlane.compose import Application
 from flowlane.deadline import Deadline
-from flowlane.engine import Engine, describe
+from flowlane.engine import Engine
 from flowlane.errors import Permanent, Retryable
 from flowlane.events import Event, Reference
 from flowlane.handling import Handling
 from flowlane.lane import Lane
 from flowlane.pump import Pump
+from flowlane.reasons import describe
 from flowlane.state import progress, status
 from flowlane.sweep import Swept, sweep
 from flowlane.worker import housekeeping

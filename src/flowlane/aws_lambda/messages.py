@@ -18,9 +18,9 @@ from flowlane.aws_lambda.visibility import show_again
 from flowlane.aws_lambda.wanted import understand
 from flowlane.compose import Application
 from flowlane.deadline import Deadline
-from flowlane.engine import describe
 from flowlane.errors import Retryable
 from flowlane.lane import Lane
+from flowlane.reasons import describe
 
 logger = logging.getLogger("flowlane")
 

@@ -79,10 +79,12 @@ class Session:
 
     def perform(self, work: Callable[[], Coroutine[Any, Any, Answer | None]], *, level: str = "error") -> int:
         """Run a verb to its end, say its answer, and return its exit code. What is logged meanwhile is said
-        from `level` on, where the environment sets none: most verbs tell it all in their answer.
+        from `level` on, where the environment sets none: most verbs tell it all in their answer. With
+        ``--debug`` that is all of it, the tracebacks of stages among it.
 
         `work` loads what it needs before it makes the coroutine: lane files are imported outside the loop.
         """
+        level = "debug" if self.debug else level
         chosen = self.settings.log_level if os.environ.get("FLOWLANE_LOG_LEVEL") else level
         with (
             logging_to_stderr(chosen, as_json=self.json, debug=self.debug),

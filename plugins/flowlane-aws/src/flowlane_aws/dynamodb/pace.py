@@ -20,8 +20,8 @@ from typing import Final, TypeVar
 import msgspec
 
 from flowlane.clock import Clock
-from flowlane.engine import leaf
 from flowlane.errors import Retryable
+from flowlane.reasons import leaf
 from flowlane_aws.dynamodb.forms import Answer, Form, Item, chunks
 
 T = TypeVar("T")
