@@ -489,7 +489,7 @@ def test_a_stage_that_the_lane_does_not_have_is_refused_at_once() -> None:
         with pytest.raises(
             ConfigError, match="FLOWLANE_STAGE='lode': lane toy has no such stage; there are "
         ):
-            call(sqs(order("a")), Remaining(1))
+            call(sqs(order("a")), Remaining(30))
         del environment["FLOWLANE_STAGE"]
         assert failed(call(sqs(order("a")), LONG)) == []
 

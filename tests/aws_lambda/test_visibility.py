@@ -101,15 +101,18 @@ def test_a_queue_that_does_not_answer_is_asked_again_and_one_that_may_not_be_ask
     ]
 
 
-def test_a_queue_that_gives_no_answer_leaves_most_of_the_time_to_its_messages() -> None:
+def test_a_queue_that_gives_no_answer_leaves_most_of_the_time_to_its_messages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Hanging(LeasingBackend):
         async def lease_of(self, queue: str) -> float | None:
-            await asyncio.sleep(20)
+            await asyncio.sleep(240)
             return await super().lease_of(queue)
 
+    monkeypatch.setattr("flowlane.aws_lambda.visibility._PATIENCE", 0.2)
     with function(toy(), backend=Hanging(900.0)) as call:
         for name in "ab":
-            assert failed(call(sqs(order(name)), Remaining(2))) == []
+            assert failed(call(sqs(order(name)), Remaining(30))) == []
 
 
 async def test_a_backend_that_knows_nothing_of_queues_is_not_asked() -> None:
