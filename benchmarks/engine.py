@@ -129,7 +129,7 @@ async def flowlane(uri: str, count: int, children: int) -> dict[str, float]:
             tally = (await app.backend.tally(run, 0)).stages.get(stage)
             if tally is not None and getattr(tally, field) == count:
                 return
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.02)
 
     async with open_application([lane], Settings(backend=uri)) as app:
         run = "bench/run/slot"

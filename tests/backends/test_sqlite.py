@@ -20,8 +20,9 @@ from typing import Any, cast
 import pytest
 
 from flowlane.backends.sqlite import group, open_backend, reader, writer
-from flowlane.errors import ConfigError, Permanent, Retryable
-from flowlane.events import UNIT_DEAD, UNIT_REDRIVEN, Event
+from flowlane.backends.sqlite.wide import Wide
+from flowlane.errors import ConfigError, Permanent, Retryable, VersionConflict
+from flowlane.events import UNIT_DEAD, UNIT_REDRIVEN, UNIT_SETTLED, Event
 from flowlane.ports import Backend, ChannelRecord, Commit, Environment, Tally
 from flowlane.state import StageTally
 from flowlane.testing.backend_model import Opener, Storage
@@ -29,7 +30,18 @@ from flowlane.testing.backend_suite import BackendSuite
 from flowlane.testing.carried_suite import CarriedSuite
 from flowlane.testing.channel_suite import ChannelSuite
 from flowlane.testing.manual import ManualClock
-from flowlane.testing.units import LANE, RUN, append, applied, discover, following, found, listed, within
+from flowlane.testing.units import (
+    LANE,
+    RUN,
+    append,
+    applied,
+    discover,
+    following,
+    found,
+    listed,
+    settle,
+    within,
+)
 
 
 def environment(clock: ManualClock | None = None) -> Environment:
@@ -462,6 +474,55 @@ async def test_a_unit_that_is_redriven_leaves_nothing_among_the_dead(tmp_path: P
             await applied(backend, Commit((append(head),)))
     with closing(sqlite3.connect(path)) as other:
         assert other.execute("SELECT count(*) FROM dead").fetchone() == (0,)
+
+
+@pytest.mark.parametrize("last", [UNIT_SETTLED, UNIT_DEAD, UNIT_REDRIVEN])
+async def test_what_happens_to_a_unit_within_one_group_counts_as_a_whole(tmp_path: Path, last: str) -> None:
+    stream = [found("a")]
+    for type in (UNIT_DEAD, UNIT_REDRIVEN, UNIT_SETTLED, UNIT_REDRIVEN, last):
+        stream.append(following(stream[-1], type))
+    async with open_backend(f"sqlite:///{tmp_path}/f.db", environment()) as backend:
+        await applied(backend, *(Commit((append(event),)) for event in stream))
+        assert [event.version for event in await listed(backend.read("suite/a"))] == [1, 2, 3, 4, 5, 6]
+        opened = await listed(backend.units(LANE, "open"))
+        dead = await listed(backend.units(LANE, "dead"))
+    assert [event.type for event in opened] == [UNIT_REDRIVEN] * (last == UNIT_REDRIVEN)
+    assert [event.type for event in dead] == [UNIT_DEAD] * (last == UNIT_DEAD)
+
+
+async def test_a_commit_that_skips_a_version_spoils_no_other_of_its_group(tmp_path: Path) -> None:
+    first = found("a")
+    second, other = following(first), found("b")
+    async with open_backend(f"sqlite:///{tmp_path}/f.db", environment()) as backend:
+        work = [Commit((append(event),)) for event in (first, following(second), second, other)]
+        answers = await backend.commit(work)
+        assert [isinstance(answer, VersionConflict) for answer in answers] == [False, True, False, False]
+        assert set(await backend.last(["suite/a", "suite/b"])) == {"suite/a", "suite/b"}
+
+
+async def test_a_delivery_of_another_file_is_acked_there(tmp_path: Path) -> None:
+    async with (
+        open_backend(f"sqlite:///{tmp_path}/a.db", environment()) as ours,
+        open_backend(f"sqlite:///{tmp_path}/b.db", environment()) as theirs,
+    ):
+        for backend in (ours, theirs):
+            await applied(backend, discover(found("a")))
+        (foreign,) = await theirs.receive(["load"], 9, lease=60)
+        assert foreign.head is not None
+        await applied(ours, settle(foreign))
+        assert len(await ours.receive(["load"], 9, lease=60)) == 1
+        await theirs.purge()
+        await applied(ours, Commit((append(found("b")),), (), (), foreign))  # gone already: nothing happens
+
+
+@pytest.mark.parametrize("most", [7, 70, 700, 2000])
+def test_a_wide_statement_takes_each_row_once(most: int) -> None:
+    wide = Wide("SELECT * FROM (VALUES ", "(?,?)", ")")
+    with closing(sqlite3.connect(":memory:")) as connection:
+        for rows in range(most % 97, most, max(1, most // 50)):
+            values: list[Any] = list(range(2 * rows))
+            answered = [row for sql, part in wide.parts(values) for row in connection.execute(sql, part)]
+            assert answered == list(zip(values[::2], values[1::2], strict=True))
 
 
 async def test_a_file_of_an_earlier_build_gets_what_it_lacks(tmp_path: Path) -> None:

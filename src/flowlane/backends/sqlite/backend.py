@@ -14,7 +14,7 @@ import msgspec
 
 from flowlane.backends.common import CHANNEL_LEASE, POLL, News, checked, held_for
 from flowlane.backends.sqlite.channel import SqliteChannel
-from flowlane.backends.sqlite.group import Prepared, Work, prepare
+from flowlane.backends.sqlite.group import Leased, Work
 from flowlane.backends.sqlite.queue import Ack, Extend, Nack, Pace, Purge, Receive, entries
 from flowlane.backends.sqlite.reader import Reader
 from flowlane.backends.sqlite.schema import Settings, failure
@@ -73,20 +73,20 @@ class SqliteBackend:
         self._pace = Pace()
 
     async def commit(self, work: Sequence[Commit]) -> Sequence[Committed | VersionConflict]:
-        prepared: list[Prepared] = []
+        entries: list[tuple[Commit, Leased | None]] = []
         moved: set[str] = set()  # where the next of a group moves up behind what is acked
         carried: list[tuple[int, Delivery]] = []  # which another than the queue has brought
         for number, commit in enumerate(checked(work)):
             delivery = commit.ack
-            lease = None
-            if isinstance(delivery, _Delivery):
-                lease = delivery.lease
+            if type(delivery) is _Delivery and delivery.backend is self:
+                entries.append((commit, delivery))
                 if delivery.event.partitionkey:
                     moved.add(delivery.stage)
-            elif delivery is not None:
+                continue
+            entries.append((commit, None))
+            if delivery is not None:
                 carried.append((number, delivery))
-            prepared.append(prepare(commit, lease))
-        answers: Sequence[Committed | VersionConflict] = await self.writer.submit(Work(prepared, moved))
+        answers: Sequence[Committed | VersionConflict] = await self.writer.submit(Work(entries, moved))
         for number, delivery in carried:
             if isinstance(answers[number], Committed):
                 await delivery.ack()

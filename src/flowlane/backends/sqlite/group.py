@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from itertools import chain, islice
 from math import ceil
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import msgspec
 
@@ -16,8 +17,8 @@ from flowlane.backends.sqlite.schema import keep_order
 from flowlane.backends.sqlite.wall import Wall
 from flowlane.backends.sqlite.wide import Wide
 from flowlane.errors import VersionConflict
-from flowlane.events import UNIT_REDRIVEN, encode
-from flowlane.ports import ChannelRecord, Commit, Committed, Tally
+from flowlane.events import UNIT_REDRIVEN, Event, encode
+from flowlane.ports import Append, ChannelRecord, Commit, Committed, Publish, Tally
 from flowlane.state import Counts, RunTally, StageTally
 
 _DONE: Final = Committed(MappingProxyType({}))
@@ -40,17 +41,13 @@ _OPEN: Final = Wide("INSERT INTO open (stream, lane) VALUES ", "(?,?)", " ON CON
 _CLOSE: Final = Wide("DELETE FROM open WHERE stream IN (", "?", ")")
 _BURY: Final = Wide("INSERT INTO dead (stream, lane) VALUES ", "(?,?)", " ON CONFLICT DO NOTHING")
 _REVIVE: Final = "DELETE FROM dead WHERE lane = ? AND stream = ?"
-_PUBLISH: Final = Wide("INSERT INTO queue (stage, due, stream, version, event) VALUES ", "(?,?,?,?,?)")
+_PUBLISH: Final = Wide("INSERT INTO queue (stage, due, stream, version) VALUES ", "(?,?,?,?)")
 _LINE_UP: Final = Wide("INSERT INTO queue (stage, due, stream, version, event, grp) VALUES ", "(?,?,?,?,?,?)")
 _REMIND: Final = (
     "INSERT INTO queue (stage, due, stream, version, event, grp) SELECT ?1, ?2, ?3, ?4, ?5, ?6 "
     "WHERE NOT EXISTS (SELECT 1 FROM queue WHERE stream = ?3)"
 )
-_ACK: Final = Wide(
-    "DELETE FROM queue WHERE id IN (SELECT id FROM (VALUES ",
-    "(?,?)",
-    ") AS v CROSS JOIN queue AS q ON q.id = v.column1 WHERE q.lease = v.column2 AND q.due > ?)",
-)
+_ACK: Final = Wide("DELETE FROM queue WHERE id IN (", "?", ") AND lease = ? AND due > ?")
 _EXIST: Final = Wide(
     "SELECT count(*) FROM (VALUES ",
     "(?,?)",
@@ -59,33 +56,214 @@ _EXIST: Final = Wide(
 _HEADS: Final = Wide("SELECT stream, max(version) FROM log WHERE stream IN (", "?", ") GROUP BY stream")
 
 
-class Prepared(msgspec.Struct, gc=False):
-    """One commit as rows, made on the caller's side, where its mistakes can be told to the caller."""
+class Leased(Protocol):
+    """A delivery of this backend's queue: its id and lease there, and the head of its stream as it was when
+    it was received."""
 
-    heads: list[tuple[str, int, int]]  #: stream, version expected, version afterwards
-    log: list[Any]
-    units: list[tuple[str, str, str | None]]  #: stream, lane, index
-    revived: list[tuple[str, str]]  #: lane and stream of what is dead no more
-    #: whether repeated, then as in the queue
-    publish: list[tuple[bool, str, int, str, int, str | None, str | None]]
-    puts: list[tuple[str, ChannelRecord]]  #: what goes to which channel
-    tally: Sequence[Tally]
-    ack: tuple[int, int] | None  #: queue id and lease
-    size: int  #: bytes of the events in it
+    @property
+    def lease(self) -> tuple[int, int]: ...
+    @property
+    def head(self) -> Event | None: ...
+
+
+Entry = tuple[Commit, Leased | None]  # a commit, already checked, and what it acks
+
+
+class Group:
+    """Commits that are written together, as values for wide statements.
+
+    Made on the loop, where a mistake can be told to the caller, and so that the thread that writes touches
+    few objects: those that the other core has made are slow to reach.
+    """
+
+    __slots__ = (
+        "acks",
+        "broken",
+        "closed",
+        "dead",
+        "ends",
+        "lines",
+        "log",
+        "needed",
+        "opened",
+        "publish",
+        "puts",
+        "reminders",
+        "revived",
+        "size",
+        "tally",
+    )
+
+    def __init__(self) -> None:
+        self.ends: dict[str, int] = {}  #: the streams appended to, and their heads afterwards
+        self.broken = False  #: a commit does not follow the one before it in its stream
+        self.needed: list[Any] = []  #: streams and versions that the log must have, and is not known to
+        self.log: list[Any] = []
+        self.opened: dict[str, str] = {}  #: streams, with their lanes
+        self.closed: dict[str, None] = {}
+        self.dead: dict[str, str] = {}
+        self.revived: list[tuple[str, str]] = []  #: lanes and streams of what is dead no more
+        self.acks: dict[int, list[int]] = {}  #: by lease: ids in the queue
+        self.publish: list[Any] = []  #: stages, milliseconds of delay, streams, versions
+        self.lines: list[tuple[str, int, str, int, str | None, str | None]] = []  #: with event, and group
+        self.reminders: list[tuple[str, int, str, int, str | None, str | None]] = []
+        self.puts: dict[str, list[ChannelRecord]] = {}  #: by channel
+        self.tally: dict[tuple[str, int, str], list[int]] = {}
+        self.size = 0  #: bytes of the events in it
+
+    def take(self, entries: Iterator[Entry]) -> None:
+        """Add the commits of `entries`, in order, up to and with one that reminds of a unit.
+
+        Raises:
+            Permanent: an event is too long.
+        """
+        tallies: dict[int, Tally] = {}  # small units that end alike share one
+        times: dict[int, int] = {}
+        for commit, held in entries:
+            head, publishes = None, commit.publish
+            texts: dict[tuple[str, int], bytes] | None = {} if publishes else None
+            if held is not None:
+                head = held.head
+                number, lease = held.lease
+                self.acks.setdefault(lease, []).append(number)
+            for append in commit.appends:
+                self._append(append, head, texts)
+            for tally in commit.tally:
+                known = id(tally)
+                tallies[known] = tally
+                times[known] = times.get(known, 0) + 1
+            if texts is not None:
+                for publish in publishes:
+                    self._publish(publish, texts)
+                if self.reminders:
+                    break
+        for known, tally in tallies.items():
+            self._count(tally, times[known])
+
+    def _append(
+        self, append: Append, head: Event | None, texts: MutableMapping[tuple[str, int], bytes] | None
+    ) -> None:
+        stream, expected = append.stream, append.expected
+        for event in append.events:
+            text = encode(event)
+            self.size += len(text)
+            self.log += (stream, event.version, event.source, event.run, text.decode())
+            if texts is not None:
+                texts[stream, event.version] = text
+            if event.type == UNIT_REDRIVEN:
+                self.revived.append((event.source, stream))
+        before = self.ends.get(stream)
+        if before is not None:
+            self.broken = self.broken or before != expected
+            self._forget(stream)
+        elif expected and not (head is not None and head.version >= expected and head.subject == stream):
+            self.needed += (stream, expected)  # else a delivery has brought it: it was there, and is
+        self.ends[stream] = event.version
+        index = state.index(event)
+        if index == "open":
+            self.opened[stream] = event.source
+        elif index or expected:
+            self.closed[stream] = None
+            if index:
+                self.dead[stream] = event.source
+
+    def _forget(self, stream: str) -> None:
+        """It does not count in which index `stream` was before the last of the group's events."""
+        self.opened.pop(stream, None)
+        self.closed.pop(stream, None)
+        self.dead.pop(stream, None)
+
+    def _publish(self, publish: Publish, texts: Mapping[tuple[str, int], bytes]) -> None:
+        event = publish.event
+        known = texts.get((event.subject, event.version))
+        delay = ceil(publish.delay * 1000) if publish.delay else 0
+        if publish.via == "queue" and known is not None and not (publish.repeat or publish.group):
+            self.publish += (publish.stage, delay, event.subject, event.version)
+            return
+        text = known or encode(event)
+        self.size += len(text)
+        if publish.via == "channel":
+            self.puts.setdefault(publish.stage, []).append(ChannelRecord(publish.group, text))
+            return
+        copy = None if known else text.decode()
+        rows = self.reminders if publish.repeat else self.lines
+        rows.append((publish.stage, delay, event.subject, event.version, copy, publish.group or None))
+
+    def _count(self, tally: Tally, times: int) -> None:
+        row = self.tally.setdefault((tally.run, tally.round, tally.stage), [0] * 14)
+        row[0] |= tally.closed
+        units = (tally.found, tally.settled, tally.dead, tally.skipped, tally.superseded, tally.redriven)
+        counts = () if tally.counts is None else msgspec.structs.astuple(tally.counts)
+        for place, number in enumerate((*units, *counts), 1):
+            row[place] += number * times
+
+    def write(self, connection: sqlite3.Connection, now: int) -> None:
+        """Write all of it, in the transaction that `connection` is in.
+
+        Raises:
+            _ConflictError, sqlite3.IntegrityError: some commit is in conflict; the transaction must be rolled
+                back.
+        """
+        found = sum(connection.execute(sql, part).fetchone()[0] for sql, part in _EXIST.parts(self.needed))
+        if self.broken or found != len(self.needed) // 2:
+            raise _ConflictError  # the unique index refuses a version that exists; this: one without the last
+        _LOG.run(connection, self.log)
+        if self.revived:
+            connection.executemany(_REVIVE, self.revived)
+        _OPEN.run(connection, [*chain.from_iterable(self.opened.items())])
+        _CLOSE.run(connection, [*self.closed])
+        _BURY.run(connection, [*chain.from_iterable(self.dead.items())])
+        for lease, numbers in self.acks.items():
+            settle(connection, lease, numbers, now)
+        publish = [*self.publish]
+        publish[1::4] = [now + delay for delay in publish[1::4]]
+        _PUBLISH.run(connection, publish)
+        if self.lines or self.reminders:
+            self._line_up(connection, now)
+        for channel, records in self.puts.items():
+            store(connection, channel, records)
+
+    def _line_up(self, connection: sqlite3.Connection, now: int) -> None:
+        lines = [(stage, now + delay, *on) for stage, delay, *on in self.lines]
+        reminders = [(stage, now + delay, *on) for stage, delay, *on in self.reminders]
+        if any(row[-1] for row in (*lines, *reminders)):
+            keep_order(connection)
+        _LINE_UP.run(connection, [*chain.from_iterable(lines)])
+        for row in reminders:  # whether a unit is queued depends on all that was acked and published before
+            connection.execute(_REMIND, row)
+
+
+def grouped(entries: Iterable[Entry]) -> list[Group]:
+    """The commits of `entries`, in order; one that reminds of a unit ends its group.
+
+    Raises:
+        Permanent: an event is too long.
+    """
+    left = iter(entries)
+    groups = [Group()]
+    groups[0].take(left)
+    while groups[-1].reminders:
+        groups.append(Group())
+        groups[-1].take(left)
+    return groups
 
 
 class Work:
     """One call of ``Backend.commit``: a request to the writer. It wakes `moved`, the stages where something
-    may be due when it is done, besides those of what it publishes."""
+    may be due when it is done, besides those of what it publishes.
 
-    __slots__ = ("commits", "size", "wakes")
+    Raises:
+        Permanent: an event is too long.
+    """
 
-    def __init__(self, commits: list[Prepared], moved: Collection[str]) -> None:
-        self.commits = commits
-        self.size = sum(commit.size for commit in commits)
-        self.wakes = {row[1] for commit in commits for row in commit.publish}
+    __slots__ = ("entries", "groups", "size", "wakes")
+
+    def __init__(self, entries: Sequence[Entry], moved: Collection[str]) -> None:
+        self.entries = entries
+        self.groups = grouped(entries)
+        self.size = sum([group.size for group in self.groups])
+        self.wakes = {publish.stage for commit, _ in entries for publish in commit.publish}
         self.wakes.update(moved)
-        self.wakes.update([channel for commit in commits for channel, _ in commit.puts])
 
     def abandoned(self, answer: Any) -> None:
         """Nothing: the commits stand."""
@@ -95,217 +273,71 @@ class _ConflictError(Exception):
     """Some commit of the group is in conflict."""
 
 
-def prepare(commit: Commit, ack: tuple[int, int] | None) -> Prepared:
-    """`commit`, already checked, as rows.
-
-    Raises:
-        Permanent: an event is too long.
-    """
-    heads: list[tuple[str, int, int]] = []
-    log: list[Any] = []
-    units: list[tuple[str, str, str | None]] = []
-    revived: list[tuple[str, str]] = []
-    size = 0
-    own: dict[tuple[str, int], bytes] = {}
-    for append in commit.appends:
-        for event in append.events:
-            text = encode(event)
-            size += len(text)
-            log += (append.stream, event.version, event.source, event.run, text.decode())
-            own[append.stream, event.version] = text
-        last = append.events[-1]
-        heads.append((append.stream, append.expected, last.version))
-        index = state.index(last)
-        if index or append.expected:
-            units.append((append.stream, last.source, index))
-            if index == "open" and append.expected and UNIT_REDRIVEN in [e.type for e in append.events]:
-                revived.append((last.source, append.stream))
-    rows: list[tuple[bool, str, int, str, int, str | None, str | None]] = []
-    puts: list[tuple[str, ChannelRecord]] = []
-    for publish in commit.publish:
-        event = publish.event
-        known = own.get((event.subject, event.version))
-        if publish.via == "channel":
-            text = known or encode(event)
-            size += len(text)
-            puts.append((publish.stage, ChannelRecord(publish.group, text)))
-            continue
-        copy = None
-        if known is None:
-            text = encode(event)
-            size += len(text)
-            copy = text.decode()
-        delay = ceil(publish.delay * 1000)
-        rows.append(
-            (publish.repeat, publish.stage, delay, event.subject, event.version, copy, publish.group or None)
-        )
-    return Prepared(heads, log, units, revived, rows, puts, commit.tally, ack, size)
-
-
 def apply(
-    connection: sqlite3.Connection, group: Sequence[Prepared], wall: Wall
-) -> list[Committed | VersionConflict]:
-    """Write `group`, in the transaction that `wall` has just begun; one answer for each.
+    connection: sqlite3.Connection, works: Sequence[Work], wall: Wall
+) -> Sequence[Sequence[Committed | VersionConflict]]:
+    """Write `works`, in the transaction that `wall` has just begun; one answer for each of their commits.
 
     Optimistic: conflicts are rare, so all is written as if there were none. If there is one, the transaction
     is begun again, the heads are read at once, and the commits that conflict are left out.
     """
-    accepted: Sequence[Prepared] = group
+    entries = [entry for work in works for entry in work.entries]
+    groups = [group for work in works for group in work.groups]
     conflicts: dict[int, VersionConflict] = {}
     try:
-        _check_chains(connection, group)
-        _write(connection, group, wall.moment)
+        for group in groups:
+            group.write(connection, wall.moment)
     except (sqlite3.IntegrityError, _ConflictError):
         wall.again(connection)
-        conflicts = _conflicts(connection, group)
-        accepted = [commit for n, commit in enumerate(group) if n not in conflicts]
-        _write(connection, accepted, wall.moment)
-    complete = _count(connection, accepted)
-    return [
-        conflicts[n] if n in conflicts else _committed(commit, complete) for n, commit in enumerate(group)
-    ]
+        conflicts = _conflicts(connection, entries)
+        groups = grouped(entry for n, entry in enumerate(entries) if n not in conflicts)
+        for group in groups:
+            group.write(connection, wall.moment)
+    complete = _count(connection, groups)
+    answers = iter(
+        [conflicts.get(n) or _committed(commit, complete) for n, (commit, _) in enumerate(entries)]
+        if conflicts or complete
+        else [_DONE] * len(entries)
+    )
+    return [[*islice(answers, len(work.entries))] for work in works]
 
 
-def _check_chains(connection: sqlite3.Connection, group: Iterable[Prepared]) -> None:
-    """The unique index refuses a version that exists; here: that the version before it does."""
-    ends: dict[str, int] = {}
-    needed: list[Any] = []
-    for commit in group:
-        for stream, expected, end in commit.heads:
-            before = ends.get(stream)
-            if before is None:
-                if expected:
-                    needed += (stream, expected)
-            elif before != expected:
-                raise _ConflictError
-            ends[stream] = end
-    found = sum(connection.execute(sql, part).fetchone()[0] for sql, part in _EXIST.parts(needed))
-    if found != len(needed) // 2:
-        raise _ConflictError
-
-
-def _conflicts(connection: sqlite3.Connection, group: Sequence[Prepared]) -> dict[int, VersionConflict]:
+def _conflicts(connection: sqlite3.Connection, entries: Sequence[Entry]) -> dict[int, VersionConflict]:
     heads: dict[str, int] = {}
-    for sql, part in _HEADS.parts(list({stream: None for commit in group for stream, _, _ in commit.heads})):
+    streams = {append.stream: None for commit, _ in entries for append in commit.appends}
+    for sql, part in _HEADS.parts([*streams]):
         heads.update(connection.execute(sql, part))
     conflicts: dict[int, VersionConflict] = {}
-    for n, commit in enumerate(group):
-        wrong = {s: heads.get(s, 0) for s, expected, _ in commit.heads if heads.get(s, 0) != expected}
+    for n, (commit, _) in enumerate(entries):
+        appends = commit.appends
+        wrong = {a.stream: heads.get(a.stream, 0) for a in appends if heads.get(a.stream, 0) != a.expected}
         if wrong:
             conflicts[n] = VersionConflict(wrong)
         else:
-            heads.update((stream, end) for stream, _, end in commit.heads)
+            heads.update((append.stream, append.events[-1].version) for append in appends)
     return conflicts
 
 
-def _write(connection: sqlite3.Connection, group: Iterable[Prepared], now: int) -> None:
-    log: list[Any] = []
-    units: dict[str, tuple[str, str, str | None]] = {}
-    acks: list[Any] = []
-    publish: list[Any] = []
-    lines: list[Any] = []
-    revived: list[tuple[str, str]] = []
-    puts: dict[str, list[ChannelRecord]] = {}
-    for commit in group:
-        log += commit.log
-        revived += commit.revived
-        for channel, record in commit.puts:
-            puts.setdefault(channel, []).append(record)
-        for unit in commit.units:
-            units[unit[0]] = unit
-        if commit.ack is not None:
-            acks += commit.ack
-        for repeat, stage, delay, stream, version, event, line in commit.publish:
-            if repeat:
-                # Whether the unit is queued depends on all that was acked and published before, in order.
-                _flush(connection, acks, publish, lines, now)
-                if line:
-                    keep_order(connection)
-                connection.execute(_REMIND, (stage, now + delay, stream, version, event, line))
-            elif line:
-                lines += (stage, now + delay, stream, version, event, line)
-            else:
-                publish += (stage, now + delay, stream, version, event)
-    _LOG.run(connection, log)
-    if revived:
-        connection.executemany(_REVIVE, revived)
-    _list(connection, units.values())
-    _flush(connection, acks, publish, lines, now)
-    for channel, records in puts.items():
-        store(connection, channel, records)
+def settle(connection: sqlite3.Connection, lease: int, numbers: list[int], now: int) -> None:
+    """The queue entries with those ids are gone; those that are not leased so, or no more, stay."""
+    for sql, part in _ACK.parts(numbers):
+        connection.execute(sql, [*part, lease, now])
 
 
-def _list(connection: sqlite3.Connection, units: Iterable[tuple[str, str, str | None]]) -> None:
-    opened: list[str] = []
-    closed: list[str] = []
-    dead: list[str] = []
-    for stream, lane, index in units:
-        if index == "open":
-            opened += (stream, lane)
-        else:
-            closed.append(stream)
-            if index:
-                dead += (stream, lane)
-    _OPEN.run(connection, opened)
-    _CLOSE.run(connection, closed)
-    _BURY.run(connection, dead)
-
-
-def _flush(
-    connection: sqlite3.Connection, acks: list[Any], publish: list[Any], lines: list[Any], now: int
-) -> None:
-    settle(connection, acks, now)
-    _PUBLISH.run(connection, publish)
-    if lines:
-        keep_order(connection)
-        _LINE_UP.run(connection, lines)
-        lines.clear()
-    acks.clear()
-    publish.clear()
-
-
-def settle(connection: sqlite3.Connection, leases: list[Any], now: int) -> None:
-    """The queue entries given by id and lease are gone; those whose lease has ended stay."""
-    for sql, part in _ACK.parts(leases):
-        connection.execute(sql, [*part, now])
-
-
-def _count(connection: sqlite3.Connection, group: Iterable[Prepared]) -> dict[tuple[str, int], RunTally]:
-    """Add the tallies of `group`; the rounds among them that are complete now."""
-    sums: dict[tuple[str, int, str], list[int]] = {}
-    for commit in group:
-        for tally in commit.tally:
-            key = (tally.run, tally.round, tally.stage)
-            row = sums.get(key)
-            if row is None:
-                row = sums[key] = [0] * 14
-            row[0] |= tally.closed
-            row[1] += tally.found
-            row[2] += tally.settled
-            if tally.dead or tally.skipped or tally.superseded or tally.redriven:
-                row[3] += tally.dead
-                row[4] += tally.skipped
-                row[5] += tally.superseded
-                row[6] += tally.redriven
-            if (counts := tally.counts) is not None:
-                row[7] += counts.records_in
-                row[8] += counts.expanded
-                row[9] += counts.records_out
-                row[10] += counts.skipped
-                row[11] += counts.quarantined
-                row[12] += counts.bytes_in
-                row[13] += counts.bytes_out
+def _count(connection: sqlite3.Connection, groups: Sequence[Group]) -> dict[tuple[str, int], RunTally]:
+    """Add the tallies of `groups`; the rounds among them that are complete now."""
+    rows = [(*key, *row) for group in groups for key, row in group.tally.items()]
+    if rows:
+        connection.executemany(_ADD_TALLY, rows)
     complete: dict[tuple[str, int], RunTally] = {}
-    if sums:
-        connection.executemany(_ADD_TALLY, [(*key, *row) for key, row in sums.items()])
-        for run, round_ in {key[:2]: None for key in sums}:
-            (done,) = connection.execute(_COMPLETE, (run, round_)).fetchone()
-            if done:
-                complete[run, round_] = read_tally(connection, run, round_)
+    for run, round_ in {key[:2]: None for group in groups for key in group.tally}:
+        (done,) = connection.execute(_COMPLETE, (run, round_)).fetchone()
+        if done:
+            complete[run, round_] = read_tally(connection, run, round_)
     return complete
 
 
-def _committed(commit: Prepared, complete: dict[tuple[str, int], RunTally]) -> Committed:
+def _committed(commit: Commit, complete: Mapping[tuple[str, int], RunTally]) -> Committed:
     if not complete or not commit.tally:
         return _DONE
     keys = {(tally.run, tally.round) for tally in commit.tally}

@@ -13,18 +13,18 @@ from flowlane.backends.sqlite.group import settle
 from flowlane.backends.sqlite.writer import WRITE
 from flowlane.events import Event
 
-# id, attempt, the head of the stream, the event itself where it is not the head
+# id, attempt, the event itself where it is not the head of its stream, the head
 Entry = tuple[int, int, Event | None, Event | None]
 
 _entries: Final = msgspec.json.Decoder(list[Entry])
 
-# One row however many entries there are, as JSON by concatenation: the events are JSON already.
+# One row however many entries there are, as JSON by concatenation: the events are JSON already. The long one
+# comes last, since each further || would copy it.
 _DUE: Final = """
-SELECT json_group_array(id), '[' || group_concat(
-    '[' || id || ',' || attempt || ',' || coalesce(head, 'null') || ',' || coalesce(event, (
-        SELECT l.event FROM log AS l
-        WHERE l.stream = due.stream AND l.version = due.version AND l.version <> head_version
-    ), 'null') || ']') || ']'
+SELECT '[' || group_concat(id) || ']', '[[' || group_concat(
+    id || ',' || attempt || ',' || iif(event IS NULL AND version = head_version, 'null', coalesce(event, (
+        SELECT l.event FROM log AS l WHERE l.stream = due.stream AND l.version = due.version
+    ), 'null')) || ',' || coalesce(head, 'null'), '],[') || ']]'
 FROM (
     SELECT q.id, q.attempt + 1 AS attempt, q.stream, q.version, q.event,
         h.event AS head, h.version AS head_version
@@ -179,7 +179,8 @@ class Ack(Change):
         self.lease, self.wakes = lease, wakes
 
     def run(self, connection: sqlite3.Connection, now: int) -> None:
-        settle(connection, list(self.lease), now)
+        number, lease = self.lease
+        settle(connection, lease, [number], now)
 
 
 class Nack(Change):
@@ -222,7 +223,7 @@ def entries(text: str) -> Iterator[tuple[int, int, Event | None, Event]]:
     Raises:
         msgspec.DecodeError: the file is damaged.
     """
-    for number, attempt, head, published in _entries.decode(text):
+    for number, attempt, published, head in _entries.decode(text):
         event = published or head
         if event is None:
             raise msgspec.DecodeError("an entry of the queue has no event")

@@ -21,17 +21,24 @@ class Wide(NamedTuple):
 
     def parts(self, values: list[Any]) -> Iterator[tuple[str, list[Any]]]:
         """The statements that take all of `values`, and what each takes."""
-        at = 0
-        for size in (512, 256, 128, 64, 32, 16, 8, 4, 2, 1):
-            step = size * self.row.count("?")
-            while len(values) - at >= step:
-                yield _sql(self, size), values[at : at + step]
-                at += step
+        width, at, left = _width(self), 0, len(values)
+        while left:
+            rows = left // width
+            size = min(rows - rows % 64, 512) or 1 << rows.bit_length() - 1
+            step = size * width
+            yield _sql(self, size), values if step == left and not at else values[at : at + step]
+            at += step
+            left -= step
 
     def run(self, connection: sqlite3.Connection, values: list[Any]) -> None:
         """Execute it, for its effect, on `values`."""
         for sql, part in self.parts(values):
             connection.execute(sql, part)
+
+
+@lru_cache(64)
+def _width(wide: Wide) -> int:
+    return wide.row.count("?")
 
 
 @lru_cache(256)

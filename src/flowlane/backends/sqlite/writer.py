@@ -217,10 +217,9 @@ class Writer:
                     return
         self._wall.begin(connection)
         if works:
-            commits = [commit for _, work in works for commit in work.commits]
-            answers = iter(apply(connection, commits, self._wall))
-            for pending, work in works:
-                pending.answer = [next(answers) for _ in work.commits]
+            answers = apply(connection, [work for _, work in works], self._wall)
+            for (pending, _), answer in zip(works, answers, strict=True):
+                pending.answer = answer
         for pending, request in others:
             pending.answer = request.run(connection, self._wall.moment)
         self._wall.commit(connection)
