@@ -22,7 +22,7 @@ from flowlane.completion import notice
 from flowlane.deadline import Deadline, Interrupted
 from flowlane.discovery import Findings
 from flowlane.errors import ConfigError, Fenced, Permanent, VersionConflict
-from flowlane.events import Event
+from flowlane.events import Event, Raw
 from flowlane.handling import Handling, payload
 from flowlane.landing import copy
 from flowlane.lane import Completed, Dead, F, Stage, Unit, fact_stream, stream_of
@@ -42,6 +42,7 @@ from flowlane.ports import (
 from flowlane.state import Counts, Progress, Transfer, progress
 from flowlane.streams.zip.entry import ZipLimits
 from flowlane.transfer import Selection, load
+from flowlane.turns import WAITS
 from flowlane.veil import conceal
 
 if TYPE_CHECKING:
@@ -54,10 +55,11 @@ _MAX_STEP_RESULT = 64 * 1024
 _MAX_PROGRESS = events.MAX_EVENT_BYTES - 16 * 1024
 _NO_COUNTS = Counts()
 _NO_STEPS: frozenset[str] = frozenset()
-_ONE_CHILD = msgspec.Raw(b'{"children":1}')
+_ONE_CHILD = Raw(b'{"children":1}')
 #: "again": as "retried" or "continued", with the delivery that is there, which was given back for it.
 Outcome = Literal["settled", "dead", "retried", "continued", "again", "conflict", "released", "failed"]
 Terminal = Literal["unit.settled", "unit.skipped", "unit.superseded", "unit.dead"]
+_SETTLED: tuple[Terminal, str] = ("unit.settled", "")  # how most of them end
 
 
 class Attempt:
@@ -85,7 +87,7 @@ class Attempt:
         self.kind: Terminal = "unit.settled"
         self.final: Event | None = None
         #: Not a closure: it would hold the attempt, and each would wait for the garbage collector.
-        self.ending: tuple[Terminal, str] | tuple[str, float, str] = ("unit.settled", "")
+        self.ending: tuple[Terminal, str] | tuple[str, float, str] = _SETTLED
         self.outcome: Outcome = "released"
         self.beating: tuple[Event, asyncio.Future[Committed | VersionConflict]] | None = None
         self.unsure: Event | None = None  #: handed to the log, and nobody said what became of it
@@ -144,11 +146,11 @@ class Attempt:
 
     # ------------------------------------------------------------------ appending
 
-    def make(self, kind: str, data: Progress | Mapping[str, int] | msgspec.Raw | None) -> Event:
+    def make(self, kind: str, data: Progress | Mapping[str, int] | Raw | None) -> Event:
         """The next event of the unit's own stream."""
         engine, origin = self.engine, self.origin
-        if type(data) is not msgspec.Raw:
-            data = events.EMPTY if data is None else msgspec.Raw(events.encode_data(data))
+        if type(data) is not Raw:
+            data = events.EMPTY if data is None else Raw(events.encode_data(data))
         return Event(
             engine.next_id(),
             origin.source,
@@ -326,29 +328,29 @@ class Attempt:
         findings.committed()
 
     def _commit(
-        self, own: Event, tally: Sequence[Tally], *, ack: Delivery | None = None, again: float = -1.0
+        self, own: Event, tally: tuple[Tally, ...], *, ack: Delivery | None = None, again: float = -1.0
     ) -> Commit:
-        if not self._findings:
+        if self._findings is None:
             publish = (self.handling.publish(own, again),) if again >= 0 else ()
             return Commit((Append(own.subject, self.version, (own,)),), publish, tally, ack)
         appends, published, tallies = self._findings.actions(self, own)
         if again >= 0:
-            published.append(self.handling.publish(own, again))
-        return Commit(appends, published, (*tally, *tallies), ack)
+            published = (*published, self.handling.publish(own, again))
+        return Commit(appends, published, tally + tallies, ack)
 
     # ------------------------------------------------------------------ ending
 
     def conclude(self, kind: Terminal, reason: str = "") -> Commit:
         """The commit that ends the unit: terminal event, tally, what was found, and the ack."""
-        self.ending = (kind, reason)
+        self.ending = (kind, reason) if reason or kind != "unit.settled" else _SETTLED
         if self._progress is None and kind == events.UNIT_SETTLED and self.origin.version == 1:
             # What its progress would be, and its tally, without making them for each of many small units.
             found = 0 if self._findings is None else len(self._findings.children)
             self.final = own = self.make(
                 kind, _ONE_CHILD if found == 1 else {"children": found} if found else None
             )
-            counted = self.handling.counted
-            tally = self.handling.settled(own.run, own.round) if counted else self._final_tally(kind)
+            handling = self.handling
+            tally = handling.settled(own.run, own.round) if handling.counted else self._final_tally(kind)
             return self._commit(own, tally, ack=self.delivery)
         if kind != events.UNIT_SKIPPED:
             self.progress.reason = reason
@@ -501,6 +503,7 @@ class Attempt:
     async def load(self, rows: Rows, *, to: str, **options: Any) -> Counts:
         if not isinstance(rows, Selection):
             raise ConfigError(f"load takes what ctx.rows() gives, not {rows!r:.60}")
+        WAITS.set(self.waits)  # for sources: nothing else that is opened for a handler waits for others
         return await load(self, rows, to, options)
 
     async def copy(  # the parameters are the promise of the port

@@ -192,6 +192,7 @@ class Committer:
                 self._work.extendleft(reversed(group))  # for `_let_go`
                 raise
             self._hand_out(group, answers)
+            del group, answers  # all that was decided: it would live on until there is more
             if self._work:
                 await self._engine.clock.sleep(0)  # a backend in memory answers without giving way
 

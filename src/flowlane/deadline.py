@@ -29,12 +29,13 @@ class Deadline:
     engine's monotonic clock, in seconds.
     """
 
-    __slots__ = ("_at", "_waiting", "margin")
+    __slots__ = ("_at", "_margin", "_waiting", "nears")
 
     def __init__(self, at: float = float("inf"), margin: float = 0.0) -> None:
         self._at = at
+        self._margin = margin
         self._waiting: set[asyncio.Future[None]] = set()
-        self.margin = margin
+        self.nears = at - margin  #: when it is near: what is handled in microseconds asks without a call
 
     @property
     def at(self) -> float:
@@ -44,16 +45,27 @@ class Deadline:
     @at.setter
     def at(self, at: float) -> None:
         self._at = at
+        self.nears = at - self._margin
         for waiting in self._waiting:
             _wake(waiting)
 
+    @property
+    def margin(self) -> float:
+        """Seconds before the end at which it is near."""
+        return self._margin
+
+    @margin.setter
+    def margin(self, margin: float) -> None:
+        self._margin = margin
+        self.nears = self._at - margin
+
     def left(self, now: float) -> float:
         """Seconds until it is near."""
-        return max(0.0, self._at - self.margin - now)
+        return max(0.0, self.nears - now)
 
     def near(self, now: float) -> bool:
         """Whether less than the margin is left."""
-        return now >= self._at - self.margin
+        return now >= self.nears
 
     def over(self, now: float) -> bool:
         """Whether less than half the margin is left: enough to commit, not to go on."""

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from flowlane import events
 from flowlane.errors import Permanent, VersionConflict
-from flowlane.events import Event
+from flowlane.events import Event, Raw
 from flowlane.lane import Fact, Unit, fact_stream, group_of, stream_of
 from flowlane.ports import Append, Publish, Tally
 
 if TYPE_CHECKING:
     from flowlane.attempt import Attempt
+    from flowlane.handling import Handling
 
 #: Children and facts in one commit, at most.
 CHUNK = 64
@@ -31,20 +33,20 @@ def chunk(stages: int) -> int:
     return max((events.MAX_ACTIONS - _BESIDES) // 2, min(CHUNK, events.MAX_ACTIONS - _BESIDES - stages))
 
 
-class Findings:
+_NO_FACTS: Mapping[str, tuple[int, Event]] = MappingProxyType({})
+
+
+class Findings(msgspec.Struct, eq=False, gc=False):
     """What one attempt has found and no commit holds yet: at most `chunk` units and facts, in order.
 
     Of several facts of one stream the last one counts, since each is cumulative.
     """
 
-    __slots__ = ("_chunk", "_facts", "_since", "_versions", "children")
-
-    def __init__(self, chunk: int) -> None:
-        self._chunk = chunk
-        self.children: dict[str, Publish] = {}  #: by stream: none is found twice
-        self._facts: dict[str, tuple[int, Event]] = {}
-        self._versions: dict[str, int] = {}  # heads of the streams of facts, as this attempt knows them
-        self._since = 0.0
+    _chunk: int
+    children: dict[str, Publish] = msgspec.field(default_factory=dict)  #: by stream: none is found twice
+    _facts: Mapping[str, tuple[int, Event]] = _NO_FACTS
+    _versions: dict[str, int] | None = None  # heads of the streams of facts, as this attempt knows them
+    _since: float = 0.0
 
     def __bool__(self) -> bool:
         return bool(self.children or self._facts)
@@ -69,21 +71,8 @@ class Findings:
             Permanent: it is no unit, no stage handles such units, its event is too long, or its order key
                 cannot be one.
         """
-        stage = attempt.stage
-        if not isinstance(item, Unit):
-            raise Permanent(f"stage {stage.name} yielded {item!r:.80}: yield units (or facts), nothing else")
-        engine, origin, lane = attempt.engine, attempt.origin, stage.lane
-        kind = item.unit_type
-        handling = engine.handling(lane, kind)
-        if handling is None:
-            raise Permanent(
-                f"stage {stage.name} yielded {type(item).__name__}, which no stage of lane {lane} handles"
-            )
-        if not (attempt.handling.counted or stage.on == events.LANE_TRIGGERED):
-            raise Permanent(
-                f"stage {stage.name} yielded {type(item).__name__}, but its run may be complete already: "
-                "yield units from lane.triggered or from a unit's stage, or trigger another lane"
-            )
+        engine, origin, lane = attempt.engine, attempt.origin, attempt.stage.lane
+        handling = attempt.handling.yields.get(type(item)) or _handling(attempt, item)
         stream = stream_of(lane, item)
         if stream in self.children or stream == origin.subject:  # a page that links to itself
             return
@@ -91,10 +80,10 @@ class Findings:
         child = Event(
             engine.next_id(),
             lane,
-            kind,
+            item.unit_type,
             stream,
             engine.stamp(now),
-            msgspec.Raw(events.encode_data(item)),
+            Raw(events.encode_data(item)),
             1,
             origin.run,
             origin.round,
@@ -107,23 +96,24 @@ class Findings:
         )
         if len(child.data) > events.SURELY_FITS:
             events.encode(child)  # refused now, by name, rather than with all that is committed along with it
-        self.children[stream] = handling.publish(child)
+        self.children[stream] = Publish(child, handling.queue, 0.0, False, group, handling.via)
 
     async def conclude(self, attempt: Attempt, fact: Fact) -> None:
         """Take the fact that the handler of `attempt` yielded."""
         engine, origin, lane = attempt.engine, attempt.origin, attempt.lane
         stream = stream_of(lane, fact) if fact.unit_key else fact_stream(lane, type(fact), {})
-        expected = self._versions.get(stream)
+        expected = None if self._versions is None else self._versions.get(stream)
         if expected is None:
             head = (await engine.backend.last([stream])).get(stream)
-            expected = self._versions[stream] = head.version if head else 0
+            expected = head.version if head else 0
+            self.recalled(stream, expected)
         event = Event(
             engine.next_id(),
             lane,
             fact.unit_type,
             stream,
             engine.stamp(),
-            msgspec.Raw(events.encode_data(fact)),
+            Raw(events.encode_data(fact)),
             expected + 1,
             origin.run,
             origin.round,
@@ -132,24 +122,29 @@ class Findings:
             "",
             fact.unit_schema,
         )
-        self._facts[stream] = (expected, event)
+        self._facts = {**self._facts, stream: (expected, event)}
 
     def recalled(self, stream: str, version: int) -> None:
         """The handler knows the fact in `stream` as of `version`: what it concludes is to follow that one."""
+        if self._versions is None:
+            self._versions = {}
         self._versions[stream] = version
 
     # ------------------------------------------------------------------ committing
 
-    def actions(self, attempt: Attempt, own: Event) -> tuple[list[Append], list[Publish], Iterable[Tally]]:
+    def actions(
+        self, attempt: Attempt, own: Event
+    ) -> tuple[Sequence[Append], Sequence[Publish], tuple[Tally, ...]]:
         """What a commit whose own event is `own` does to register them."""
-        appends = [Append(own.subject, attempt.version, (own,))]
-        published = [*self.children.values()]
         queues = attempt.engine.queues
+        published = tuple(self.children.values())
+        first = Append(own.subject, attempt.version, (own,))
         if len(published) == 1 and not self._facts:
             (only,) = published
-            appends.append(Append(only.event.subject, 0, (only.event,)))
-            handling = queues[only.stage]
-            return appends, published, (handling.found(own.run, own.round, 1),) if handling.counted else ()
+            child, handling = only.event, queues[only.stage]
+            tally = (handling.found(own.run, own.round, 1),) if handling.counted else ()
+            return (first, Append(child.subject, 0, (child,))), published, tally
+        appends = [first]
         found: dict[str, int] = {}
         for stream, publish in self.children.items():
             appends.append(Append(stream, 0, (publish.event,)))
@@ -161,7 +156,7 @@ class Findings:
             for queue, count in found.items()
             if (handling := queues[queue]).counted
         ]
-        return appends, published, tallies
+        return appends, published, tuple(tallies)
 
     def leave_out(self, conflict: VersionConflict) -> None:
         """Drop the children that exist already, so that the rest can be committed.
@@ -177,11 +172,31 @@ class Findings:
     def committed(self) -> None:
         """A commit holds them all."""
         for stream, (expected, _) in self._facts.items():
-            self._versions[stream] = expected + 1
+            self.recalled(stream, expected + 1)
         self.discard()
 
     def discard(self) -> None:
         """They are not to be committed."""
         self.children = {}
-        self._facts = {}
+        self._facts = _NO_FACTS
         self._since = 0.0
+
+
+def _handling(attempt: Attempt, item: Any) -> Handling:
+    """The stage that the unit `item` goes to: one of another class than that stage's own, but of its type.
+
+    Raises:
+        Permanent: it goes to none.
+    """
+    stage, what = attempt.stage, type(item).__name__
+    if not isinstance(item, Unit):
+        raise Permanent(f"stage {stage.name} yielded {item!r:.80}: yield units (or facts), nothing else")
+    handling = attempt.engine.handling(stage.lane, item.unit_type)
+    if handling is None:
+        raise Permanent(f"stage {stage.name} yielded {what}, which no stage of lane {stage.lane} handles")
+    if not (stage.counted or stage.on == events.LANE_TRIGGERED):
+        raise Permanent(
+            f"stage {stage.name} yielded {what}, but its run may be complete already: "
+            "yield units from lane.triggered or from a unit's stage, or trigger another lane"
+        )
+    return handling

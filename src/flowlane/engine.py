@@ -38,7 +38,7 @@ from flowlane.ports import (
 )
 from flowlane.reasons import describe, leaf
 from flowlane.state import status
-from flowlane.turns import WAITS, Turns
+from flowlane.turns import Turns
 
 if TYPE_CHECKING:
     from flowlane.pump import Slot
@@ -85,29 +85,35 @@ class Engine:
         self.clock = clock
         self.committer = Committer(self)
         self.quarantine = quarantine  #: URI of the folder for bad records, where a stage's policy names none
-        self._queues: dict[str, Handling] = {}
+        #: Every stage's queue, with its handling.
+        self.queues: dict[str, Handling] = {}
         self._types: dict[tuple[str, str], Handling] = {}
         for lane in lanes:
             lane.check()
             for stage in lane.stages:
                 handling = Handling(stage, chunk(len(lane.stages)))
-                self._queues[stage.queue] = self._types[lane.name, stage.on] = handling
+                self.queues[stage.queue] = self._types[lane.name, stage.on] = handling
+            self._connect(lane)
         self._prefix = clock.token()
         self.turns = Turns()
         self.marks: defaultdict[str, Marks] = defaultdict(Marks)  #: by channel
         self.changes: deque[dict[str, str]] = deque(maxlen=_CHANGES)  #: see ``note_change``
-        self._busy: dict[str, int] = {}  # how many attempts of a unit are under way here
+        self._under_way: set[Attempt] = set()  # those that ``process`` handles at this moment
         self._count = 0
         self._stamp = ("", -1.0)
         #: Set and replaced whenever a run completes here: wakes who waits for one.
         self.moved = asyncio.Event()
 
-    # ------------------------------------------------------------------ names and events
+    def _connect(self, lane: Lane) -> None:
+        """Tell each stage of `lane` that may yield units which stage handles what it yields."""
+        units = {
+            stage.unit: self.queues[stage.queue] for stage in lane.stages if stage.on == stage.unit.unit_type
+        }
+        for stage in lane.stages:
+            if stage.counted or stage.on == events.LANE_TRIGGERED:
+                self.queues[stage.queue].yields = units
 
-    @property
-    def queues(self) -> Mapping[str, Handling]:
-        """Every stage's queue, with its handling."""
-        return self._queues
+    # ------------------------------------------------------------------ names and events
 
     def handling(self, lane: str, kind: str) -> Handling | None:
         """The stage of `lane` that handles events of type `kind`."""
@@ -115,12 +121,12 @@ class Engine:
 
     def handling_of(self, head: Event) -> Handling | None:
         """The stage that the open unit whose head is `head` is owed to."""
-        return self._queues.get(f"{head.source}/{head.stage}")
+        return self.queues.get(f"{head.source}/{head.stage}")
 
     def next_id(self) -> str:
         """An event id that nobody else makes."""
         self._count += 1
-        return f"{self._prefix}{self._count:x}"
+        return f"{self._prefix}{self._count}"
 
     def stamp(self, now: float | None = None) -> str:
         """The wall time as it stands in events, to the millisecond; `now`: the monotonic clock's."""
@@ -249,7 +255,7 @@ class Engine:
         Returns the attempt, whose last commit has been handed to the committer, or the outcome where there
         was none to make. Cancellation passes through.
         """
-        handling = self._queues.get(delivery.stage)
+        handling = self.queues.get(delivery.stage)
         head = delivery.head
         if handling is None or head is None:
             return "failed"
@@ -260,23 +266,21 @@ class Engine:
             return "settled"
         attempt = Attempt(self, handling, delivery, head, deadline)
         attempt.began = slot.began
-        entered = False
         try:
             if delivery.attempt > 1 or head.version != event.version:
-                wait = 0.0 if self._was_ours(head) else self.at_work(head, handling.stage)
-                if wait > 0:
+                wait = self.at_work(head, handling.stage)
+                if wait > 0 and not self._was_ours(head):
                     await delivery.nack(delay=wait)
                     return "released"
-                entered = self._enter(head.subject)
+                self._under_way.add(attempt)
                 commit = await self._take_over(attempt)
                 if commit is not None:
                     self.committer.submit(commit, attempt)
                     return attempt
             first = head if head.version == 1 else await self._first(head.subject)
             attempt.event = handling.typed(first)
-            entered = entered or self._enter(head.subject)
+            self._under_way.add(attempt)
             slot.attempt = attempt
-            WAITS.set(attempt.waits)
             if handling.generator:
                 await self._discover(handling, attempt)
             elif (result := await handling.handler(attempt.event, attempt)) is not None:
@@ -293,8 +297,7 @@ class Engine:
         except BaseException as error:  # noqa: BLE001  # a stage may raise anything; see ``leaf``
             return await self._failed(attempt, slot.attempt is not None, error)
         finally:
-            if entered:
-                self._leave(head.subject)
+            self._under_way.discard(attempt)
 
     async def _failed(self, attempt: Attempt, begun: bool, error: BaseException) -> Attempt | Outcome:
         if begun or isinstance(error, Permanent | ConfigError | Fenced):
@@ -303,20 +306,11 @@ class Engine:
         logger.warning("%s is left for later: %s", attempt.unit, describe(error))
         return "released"
 
-    def _enter(self, unit: str) -> bool:
-        self._busy[unit] = self._busy.get(unit, 0) + 1
-        return True
-
-    def _leave(self, unit: str) -> None:
-        left = self._busy[unit] - 1
-        if left:
-            self._busy[unit] = left
-        else:
-            del self._busy[unit]
-
     def _was_ours(self, head: Event) -> bool:
         """Whether the attempt that `head` tells of was made here, and is over: no reason to wait for it."""
-        return head.id.startswith(self._prefix) and head.subject not in self._busy
+        return head.id.startswith(self._prefix) and all(
+            attempt.unit != head.subject for attempt in self._under_way
+        )
 
     def at_work(self, head: Event, stage: Stage) -> float:
         """How long to leave the unit alone, seconds. A courtesy, not a lock: versions decide who may commit,
@@ -345,16 +339,16 @@ class Engine:
 
     async def _discover(self, handling: Handling, attempt: Attempt) -> None:
         found = handling.handler(attempt.event, attempt)
-        findings, clock = attempt.findings, self.clock
+        findings, clock, deadline = attempt.findings, self.clock, attempt.deadline
         try:
             async for item in found:
-                if isinstance(item, Fact):
+                if type(item) not in handling.yields and isinstance(item, Fact):
                     await findings.conclude(attempt, item)
                     now = clock.monotonic()
                 else:
                     now = clock.monotonic()
                     findings.add(attempt, item, now)
-                if findings.due(now) or attempt.lost or attempt.deadline.near(now):
+                if findings.due(now) or attempt.lost or now >= deadline.nears:
                     await attempt.flush()
                     if attempt.near_deadline():
                         raise Interrupted(f"{attempt.progress.children:,} units registered so far")
@@ -433,7 +427,7 @@ class Engine:
             await self.repeat_obligations(head)
             await delivery.ack()
             return "settled"
-        stage = self._queues[delivery.stage].stage
+        stage = self.queues[delivery.stage].stage
         logger.debug("%s: somebody else decided first; left alone for now", stream)
         await delivery.nack(delay=stage.policy.delay(1, self.clock.random()))
         return "conflict"

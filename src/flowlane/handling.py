@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from flowlane import events
 from flowlane.errors import ConfigError, Permanent
@@ -31,6 +33,7 @@ class Handling:
         "queue",
         "stage",
         "via",
+        "yields",
     )
 
     def __init__(self, stage: Stage, chunk: int) -> None:
@@ -38,6 +41,7 @@ class Handling:
         self.chunk = chunk  #: see ``discovery.chunk``
         self.name = stage.name
         self.queue = stage.queue
+        self.yields: Mapping[type[Any], Handling] = {}  #: by class of unit, who handles what it may yield
         self.order = stage.order
         self.via = stage.via
         self.counted = stage.counted
@@ -95,7 +99,7 @@ class Handling:
                 data = payload(first, unit)
         else:
             data = payload(first, unit)
-        return msgspec.structs.replace(first, data=data)
+        return replace(first, data=data)
 
 
 def payload(event: Event, unit: type[Any]) -> Any:

@@ -14,6 +14,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from types import TracebackType
 
+import msgspec
+
 from flowlane.attempt import Attempt, Outcome
 from flowlane.committer import lasting, ordinary
 from flowlane.conveyor import Conveyor
@@ -70,6 +72,14 @@ class Slot:
         self.task.cancel()
 
 
+class _Held(msgspec.Struct, gc=False):
+    """A delivery, and since when its lease runs. No tuple: the garbage collector, to which this is unknown,
+    would go through hundreds of them, again and again."""
+
+    delivery: Delivery
+    since: float
+
+
 class _Station:
     """The buffer and slots of one stage."""
 
@@ -82,7 +92,7 @@ class _Station:
         self.buffer: deque[Delivery] = deque()
         self.idle: deque[asyncio.Future[None]] = deque()
         self.slots = [Slot() for _ in range(self.concurrency)]
-        self.held: dict[int, tuple[Delivery, float]] = {}  # by its id: a delivery, and its lease since when
+        self.held: dict[int, _Held] = {}  # by the delivery's id
         self.target = self.concurrency
         self.room: asyncio.Future[None] | None = None  # whoever receives waits for it
         self.making: asyncio.Future[None] | None = None  # the room that comes by itself in a moment
@@ -94,7 +104,7 @@ class _Station:
     def feed(self, deliveries: Sequence[Delivery], now: float) -> None:
         """Put deliveries into the buffer and wake as many slots."""
         for delivery in deliveries:
-            self.held[id(delivery)] = (delivery, now)
+            self.held[id(delivery)] = _Held(delivery, now)
         self.buffer.extend(deliveries)
         for _ in range(min(len(self.idle), len(deliveries))):
             waiting = self.idle.popleft()
@@ -209,6 +219,8 @@ class Pump:
                 for task in closing:
                     task.cancel()  # log or channel are away: what is held is lost in a while
                     task.add_done_callback(_failure)
+                for station in self._stations.values():
+                    station.held.clear()  # no cycle may be left: see ``_Held``
                 if closing:
                     await asyncio.wait(closing, timeout=0.05)
 
@@ -359,7 +371,7 @@ class Pump:
             slot.began = began
             result: Attempt | Outcome = "released"
             try:
-                if self.deadline.near(began):
+                if began >= self.deadline.nears:
                     await self._give_back(delivery)
                 else:
                     slot.delivery = delivery
@@ -468,7 +480,9 @@ class Pump:
                     # Never awaited here: a queue that does not answer would keep all else from being watched.
                     if station.renewal is None or station.renewal.done():
                         due = [
-                            held for held, since in station.held.values() if now - since >= station.lease / 3
+                            held.delivery
+                            for held in station.held.values()
+                            if now - held.since >= station.lease / 3
                         ]
                         if due:
                             station.renewal = renewals.create_task(self._renew(station, due, now))
@@ -524,10 +538,11 @@ class Pump:
         except TimeoutError:
             return  # asked again at the next tick; a lease that runs out meanwhile is found lost then
         for delivery, answer in zip(due, answers, strict=True):
-            if id(delivery) not in station.held:
+            held = station.held.get(id(delivery))
+            if held is None:
                 continue
             if answer is True:
-                station.held[id(delivery)] = (delivery, now)
+                held.since = now
             elif answer is False:
                 self._lost(station, delivery)
 

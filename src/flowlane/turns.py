@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from contextvars import ContextVar
 
-#: What ``waiting`` enters: set for whoever handles a unit, in its own task.
+#: What ``waiting`` enters: set by whoever opens a source for a unit, in the task that does.
 WAITS: ContextVar[Callable[[], AbstractContextManager[None]]] = ContextVar(
     "flowlane_waits", default=nullcontext
 )

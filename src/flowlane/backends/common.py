@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequ
 import msgspec
 
 from flowlane.errors import ConfigError, Permanent, redact
-from flowlane.events import MAX_ACTIONS, SURELY_FITS, Event, encode, encode_data
+from flowlane.events import MAX_ACTIONS, SURELY_FITS, Event, Raw, encode, encode_data
 from flowlane.lane import duration
 from flowlane.ports import Append, ChannelBatch, ChannelRecord, Commit
 from flowlane.state import Counts, RunTally, StageTally
@@ -113,10 +113,10 @@ def checked(work: Sequence[Commit]) -> Sequence[Commit]:
         actions = len(commit.tally)
         plain = True
         for append in appends:
-            stream, version = append.stream, append.expected
-            if not append.events:
+            stream, version, events = append.stream, append.expected, append.events
+            if not events:
                 raise Permanent(f"a commit appends nothing to {stream}")
-            for event in append.events:
+            for event in events:
                 version += 1
                 if event.version != version or event.subject != stream:
                     raise Permanent(
@@ -124,16 +124,23 @@ def checked(work: Sequence[Commit]) -> Sequence[Commit]:
                         f"cannot be version {version} of {stream}"
                     )
                 data = event.data
-                plain = plain and type(data) is msgspec.Raw and len(data) <= SURELY_FITS
-            actions += version - append.expected
+                if type(data) is not Raw or len(data) > SURELY_FITS:
+                    plain = False
+            actions += len(events)
         if actions > MAX_ACTIONS:
             raise Permanent(
                 f"a commit of {actions} actions was refused: the limit is {MAX_ACTIONS}, use several"
             )
-        if len(appends) > 1 and len({append.stream for append in appends}) < len(appends):
+        if len(appends) > 1 and _doubled(appends):
             raise Permanent(f"a commit appends twice to one stream: {[append.stream for append in appends]}")
         fit.append(commit if plain else _sealed(commit))
     return fit
+
+
+def _doubled(appends: Sequence[Append]) -> bool:
+    if len(appends) == 2:  # a unit's own and its only child's: most of those that are not alone
+        return appends[0].stream == appends[1].stream
+    return len({append.stream for append in appends}) < len(appends)
 
 
 def _sealed(commit: Commit) -> Commit:
@@ -142,8 +149,8 @@ def _sealed(commit: Commit) -> Commit:
 
 
 def _seal(event: Event) -> Event:
-    if not isinstance(event.data, msgspec.Raw):
-        event = msgspec.structs.replace(event, data=msgspec.Raw(encode_data(event.data)))
+    if not isinstance(event.data, Raw):
+        event = msgspec.structs.replace(event, data=Raw(encode_data(event.data)))
     if len(event.data) > SURELY_FITS:
         encode(event)
     return event

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from heapq import heapify, heappop, heappush
-from itertools import count
+from itertools import count, islice
 from math import inf
 from types import MappingProxyType
 from urllib.parse import urlsplit
@@ -165,13 +165,10 @@ class _Round:
         if tally.settled:
             stage.settled += tally.settled
         self.unsettled += tally.found - tally.settled
-        if tally.dead:
+        if tally.dead or tally.skipped or tally.superseded or tally.redriven:
             stage.dead += tally.dead
-        if tally.skipped:
             stage.skipped += tally.skipped
-        if tally.superseded:
             stage.superseded += tally.superseded
-        if tally.redriven:
             stage.redriven += tally.redriven
         if tally.counts is not None:
             stage.counts.add(tally.counts)
@@ -207,8 +204,9 @@ class MemoryBackend:
         answers = [self._apply(commit, puts.get(n, ())) for n, commit in enumerate(fit)]
         if published:
             self._news({publish.stage for publish in published})
-        for n, ack in [(n, c.ack) for n, c in enumerate(fit) if c.ack and type(c.ack) is not _Delivery]:
-            if type(answers[n]) is Committed:
+        for n, commit in enumerate(fit):
+            ack = commit.ack
+            if type(ack) is not _Delivery and ack is not None and type(answers[n]) is Committed:
                 await ack.ack()  # it was brought by another than the queue
         return answers
 
@@ -282,7 +280,8 @@ class MemoryBackend:
             if round_ is None:
                 round_ = self._rounds[key] = _Round()
             round_.add(tally)
-            ended = ended or round_.unsettled == 0
+            if round_.unsettled == 0:
+                ended = True
         if not ended:
             return _DONE
         complete: dict[tuple[str, int], RunTally] = {}
@@ -314,7 +313,7 @@ class MemoryBackend:
     async def units(self, lane: str, index: Index, patience: Patience | None = None) -> AsyncIterator[Event]:
         found = self._lanes.get(lane, _Lane())
         streams = found.open if index == "open" else found.dead
-        for n, name in enumerate(list(streams), 1):
+        for n, name in enumerate(_names(streams), 1):
             if name in streams:  # it may have left meanwhile
                 yield self._streams[name].events[-1]
             if n % _CHUNK == 0:
@@ -429,7 +428,11 @@ class MemoryBackend:
         return True
 
     def _ack(self, delivery: _Delivery) -> None:
-        if self._release(delivery):
+        held = delivery.lease
+        if held is not None:  # as ``_release``, for each of many
+            delivery.lease = None
+            del held[delivery]
+            self._spent += not held
             delivery.stream.queued -= 1
             if delivery.group:
                 self._move_up(delivery.stage, delivery.group)
@@ -497,6 +500,16 @@ def _puts(commit: Commit) -> Sequence[_Put]:
         for publish in commit.publish
         if publish.via == "channel"
     ]
+
+
+def _names(streams: Mapping[str, None]) -> Iterator[str]:
+    """The names in an index that may change meanwhile, each once. Who looks at the first ones only (whether
+    there is any, say) does not pay for a copy of all."""
+    first = dict.fromkeys(islice(streams, _CHUNK))
+    yield from first
+    for name in list(streams):
+        if name not in first:
+            yield name
 
 
 async def _follow(events: Sequence[Event], position: int) -> AsyncIterator[Event]:
