@@ -4,6 +4,7 @@ judged by table and log alone."""
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -95,6 +96,20 @@ def test_a_crash_at_any_call_changes_nothing(mode: str) -> None:
     # Each mode takes other calls: every call is a crash point in one of them.
     for number in range(1 + MODES.index(mode), calls + 1, len(MODES)):
         assert crashed(number, mode)[0] == [], f"call {number}, {mode}"
+
+
+def test_nothing_is_left_of_a_crash() -> None:
+    """What stays costs all later simulations of its process: each looks through all tasks that there are."""
+
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(known), asyncio.Task) for known in gc.get_objects())
+
+    crashed(40, MODES[0])
+    before = alive()
+    for number, mode in enumerate(MODES, 40):
+        crashed(number, mode)
+        assert alive() <= before
 
 
 @pytest.mark.parametrize("seed", range(12))

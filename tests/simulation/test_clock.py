@@ -63,6 +63,33 @@ def test_the_seed_decides_the_order() -> None:
     assert len({tuple(order) for order, _ in results}) > 10
 
 
+def test_a_batch_is_shuffled_as_random_does_it() -> None:
+    loop, other = VirtualLoop(5), random.Random(5)
+    try:
+        for size in range(2, 40):
+            handles = [loop.call_soon(lambda: None) for _ in range(size)]
+            wanted = list(handles)
+            loop._shuffle(handles)
+            other.shuffle(wanted)
+            assert handles == wanted
+    finally:
+        loop.close()
+
+
+def test_what_a_callback_raises_is_told_and_the_rest_goes_on() -> None:
+    def broken() -> None:
+        raise ValueError("a callback's")
+
+    async def main(loop: VirtualLoop) -> list[str]:
+        loop.call_soon(broken)
+        await asyncio.sleep(1.0)
+        return loop.complaints
+
+    (complaint,) = run(main)
+    assert "Exception in callback" in complaint
+    assert 'ValueError("a callback\'s")' in complaint
+
+
 def test_what_can_never_end_is_a_deadlock_that_names_who_waits() -> None:
     async def waits_for_nobody(loop: VirtualLoop) -> None:
         await loop.create_future()

@@ -7,13 +7,15 @@ the process itself and keeps its leases in the log. Order within a key is never 
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from flowlane.backends.memory import MemoryBackend
 from flowlane.clock import Clock
+from flowlane.conveyor import ChannelDelivery
 from flowlane.errors import Retryable
 from flowlane.ports import Backend, Channel, ChannelBatch, ChannelRecord, Lag
 from flowlane.shards import Page, Place, Reader, Shard, ShardedChannel, Shards
@@ -73,11 +75,21 @@ class ShardedBackend(MemoryBackend):
 
 def faulty_channel(process: Process, log: Backend, backend: Backend, name: str) -> Channel:
     """The channel `name` of `backend` as `process` sees it, whose way to the log is `log`."""
+    if _let_go_of_deliveries not in process.loop.at_end:
+        process.loop.at_end.append(_let_go_of_deliveries)
     bare = backend.channel(name)
     if isinstance(backend, ShardedBackend):
         seen = backend.consumer(name, FaultyShards(process, backend.stream(name)), log, process.clock)
         return FaultyChannel(process, bare, seen)
     return FaultyChannel(process, bare)
+
+
+def _let_go_of_deliveries() -> None:
+    """Commits that came to nothing hold deliveries of channels, and those all else: see ``VirtualLoop``."""
+    # Nothing was collected since the beginning (``clock.run``); isinstance would ask proxies of what is gone.
+    held: list[Any] = [known for known in gc.get_objects(generation=0) if type(known) is ChannelDelivery]
+    for delivery in held:
+        delivery.line = delivery.conveyor = None  # nobody is left to ask it
 
 
 class FaultyChannel:

@@ -16,6 +16,7 @@ import gc
 import hashlib
 import heapq
 import random
+import types
 from asyncio import events
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextlib import suppress
@@ -71,6 +72,12 @@ class Fate:
 FATE: ContextVar[Fate | None] = ContextVar("flowlane_fate", default=None)
 
 
+@types.coroutine
+def turn() -> Generator[None, None, None]:
+    """Let others have a turn: ``asyncio.sleep(0)``, which a simulation does at each call of a port."""
+    yield
+
+
 class _Task(asyncio.Task[T]):
     """Sets of tasks are iterated in the order of this hash, the same in every process."""
 
@@ -87,6 +94,27 @@ class _Future(asyncio.Future[T]):
 
     def __hash__(self) -> int:
         return self.number
+
+
+class _Handle(asyncio.Handle):
+    """As asyncio makes it outside of debug mode, without asking the loop for that."""
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        callback: Callable[..., object],
+        args: tuple[Any, ...],
+        loop: VirtualLoop,
+        context: Context | None,
+    ) -> None:
+        self._context = copy_context() if context is None else context
+        self._loop = loop
+        self._callback = callback
+        self._args = args
+        self._cancelled = False
+        self._repr = None
+        self._source_traceback = None
 
 
 class _Timer(asyncio.TimerHandle):
@@ -145,7 +173,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """As in asyncio."""
         if self._closed:  # type: ignore[attr-defined]  # see the class
             raise RuntimeError("the loop is closed")
-        handle = asyncio.Handle(callback, args, self, context)
+        handle = _Handle(callback, args, self, context)
         self._ready.append(handle)  # type: ignore[attr-defined]  # see the class
         return handle
 
@@ -218,29 +246,43 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self.call_soon(lambda: self.create_task(agen.aclose()), context=context)
 
     def _run_once(self) -> None:
-        timers = self._timers
+        """Everything, until the loop is to stop: what asyncio asks between two turns is asked here."""
+        timers, pop = self._timers, heapq.heappop
         ready = self._ready  # type: ignore[attr-defined]  # see the class
-        while timers and timers[0][1].cancelled():
-            heapq.heappop(timers)
-        if not ready and not self._stopping:  # type: ignore[attr-defined]  # see the class
-            if not timers:
-                raise Deadlock("nothing will ever happen again: " + self._waiting())
-            self._virtual = max(self._virtual, timers[0][0])
-            self._moved_at = self.steps
-        while timers and timers[0][0] <= self._virtual:
-            ready.append(heapq.heappop(timers)[1])
-        batch = list(ready)
-        ready.clear()
-        if len(batch) > 1:
-            self.rng.shuffle(batch)
-        for handle in batch:
-            if not handle.cancelled():
-                self.steps += 1
-                fate = handle._context.get(FATE)
-                if fate is None or self._goes_on(fate, handle):
-                    handle._run()
-        if self.steps - self._moved_at > _STANDSTILL:
-            raise Deadlock(f"{_STANDSTILL:,} callbacks and not a moment passed: " + self._waiting())
+        while True:
+            while timers and timers[0][1].cancelled():
+                pop(timers)
+            if not ready and not self._stopping:  # type: ignore[attr-defined]  # see the class
+                if not timers:
+                    raise Deadlock("nothing will ever happen again: " + self._waiting())
+                self._virtual = max(self._virtual, timers[0][0])
+                self._moved_at = self.steps
+            while timers and timers[0][0] <= self._virtual:
+                ready.append(pop(timers)[1])
+            batch = list(ready)
+            ready.clear()
+            if len(batch) > 1:
+                self._shuffle(batch)
+            for handle in batch:
+                if not handle._cancelled:
+                    self.steps += 1
+                    fate = handle._context.get(FATE)
+                    if fate is None or self._goes_on(fate, handle):
+                        handle._run()
+            if self.steps - self._moved_at > _STANDSTILL:
+                raise Deadlock(f"{_STANDSTILL:,} callbacks and not a moment passed: " + self._waiting())
+            if self._stopping:  # type: ignore[attr-defined]  # see the class
+                return
+
+    def _shuffle(self, batch: list[asyncio.Handle]) -> None:
+        """``rng.shuffle(batch)``, drawing the same, for batches that mostly hold two or three."""
+        draw = self.rng.getrandbits
+        for last in range(len(batch) - 1, 0, -1):
+            bits = (last + 1).bit_length()
+            chosen = draw(bits)
+            while chosen > last:
+                chosen = draw(bits)
+            batch[last], batch[chosen] = batch[chosen], batch[last]
 
     @staticmethod
     def _goes_on(fate: Fate, handle: asyncio.Handle) -> bool:
@@ -311,7 +353,7 @@ class VirtualClock:
 
     async def offload(self, work: Callable[[], T], *, waits: bool = False) -> T:
         """Run `work` here and now: there are no threads. Others get a turn before it."""
-        await asyncio.sleep(0)
+        await turn()
         return work()
 
 

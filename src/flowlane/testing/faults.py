@@ -55,7 +55,7 @@ from flowlane.ports import (
 )
 from flowlane.state import Position, RunTally
 from flowlane.testing.channels import BATCHES, faulty_channel
-from flowlane.testing.clock import FATE, Fate, SimulatedDeath, VirtualClock, VirtualLoop
+from flowlane.testing.clock import FATE, Fate, SimulatedDeath, VirtualClock, VirtualLoop, turn
 from flowlane.testing.stores import Ports, using
 
 T = TypeVar("T")
@@ -243,21 +243,22 @@ class Process:
             raise Unavailable(f"{port} is away")
         if mode == CANCEL:
             self.cancel()
-        await self._travel(mode)
+        await (self._travel(mode) if mode == HANG or self._latency else turn())
+        self.check()
         result = await effect()
         if mode == DIE_AFTER:
             await self._die()
         if mode == UNKNOWN:
             raise Unavailable(f"{port} did not answer")
-        await self._travel("")
+        await (self._travel("") if self._latency else turn())
+        self.check()
         return result
 
     async def _travel(self, mode: str) -> None:
         if mode == HANG:
             await asyncio.sleep(self.rng.uniform(1.0, 60.0))
         else:
-            await asyncio.sleep(self.rng.random() * self._latency if self._latency else 0)
-        self.check()
+            await asyncio.sleep(self.rng.random() * self._latency)
 
     async def _die(self) -> None:
         self.kill()

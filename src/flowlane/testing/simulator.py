@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import logging
 import random
 import sys
@@ -27,7 +26,7 @@ import msgspec
 
 from flowlane.backends.memory import MemoryBackend
 from flowlane.compose import Application, open_application
-from flowlane.conveyor import CONSUMER, ChannelDelivery
+from flowlane.conveyor import CONSUMER
 from flowlane.deadline import Deadline
 from flowlane.plugins import Registry
 from flowlane.ports import Via
@@ -129,8 +128,6 @@ class Simulation:
         via: Via = "queue" if carrier == "queue" else "channel"
         ledger = Ledger(random.Random(seed * 7919 + 2), self.counters.lost, via)
         self.channels = [] if via == "queue" else [f"{ledger.name}/apply"]
-        if self.channels:
-            loop.at_end.append(_let_go_of_channels)
         self.jobs: list[Job] = [Archives(self.rng), self.tables, ledger]
         self.processes: dict[str, Process] = {}
         self.apps: dict[str, tuple[Application, asyncio.Event, Deadline]] = {}
@@ -285,13 +282,6 @@ class Simulation:
         await asyncio.gather(*supervisors, return_exceptions=True)
         await self.rest()
         return await self.judge()
-
-
-def _let_go_of_channels() -> None:
-    """Commits that came to nothing hold deliveries of channels, and those all else: see ``VirtualLoop``."""
-    for known in gc.get_objects(generation=0):  # nothing was collected since the beginning (``clock.run``)
-        if issubclass(type(known), ChannelDelivery):  # isinstance asks proxies of what is gone
-            known.line = known.conveyor = None  # nobody is left to ask it
 
 
 async def _quietly(call: Callable[[], Awaitable[Any]]) -> None:
