@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 
 import msgspec
 
 from flowlane.errors import ConfigError, Permanent, redact
 from flowlane.events import MAX_ACTIONS, SURELY_FITS, Event, Raw, encode, encode_data
 from flowlane.lane import duration
-from flowlane.ports import Append, ChannelBatch, ChannelRecord, Commit
+from flowlane.ports import Append, ChannelBatch, ChannelRecord, Commit, Tally
 from flowlane.state import Counts, RunTally, StageTally
 
 #: A channel's records are spread over this many partitions, by their key.
@@ -154,6 +154,18 @@ def _seal(event: Event) -> Event:
     if len(event.data) > SURELY_FITS:
         encode(event)
     return event
+
+
+def counted(work: Iterable[Commit]) -> Iterable[tuple[Tally, int]]:
+    """The tallies of `work`, and how often each is to be counted: small units that end alike share one."""
+    tallies: dict[int, Tally] = {}
+    times: dict[int, int] = {}
+    for commit in work:
+        for tally in commit.tally:
+            known = id(tally)
+            tallies[known] = tally
+            times[known] = times.get(known, 0) + 1
+    return zip(tallies.values(), times.values(), strict=True)
 
 
 def copy_counts(counts: Counts) -> Counts:

@@ -26,6 +26,7 @@ from flowlane.backends.common import (
     checked,
     consume,
     copy_tally,
+    counted,
     held_for,
     partition,
     portions,
@@ -154,24 +155,20 @@ class _Round:
         self.tally = RunTally()
         self.unsettled = 0
 
-    def add(self, tally: Tally) -> None:
+    def add(self, tally: Tally, times: int) -> None:
         if tally.closed:
             self.tally.closed = True
-        stage = self.tally.stages.get(tally.stage)
-        if stage is None:
-            stage = self.tally.stages[tally.stage] = StageTally()
-        if tally.found:
-            stage.found += tally.found
-        if tally.settled:
-            stage.settled += tally.settled
-        self.unsettled += tally.found - tally.settled
-        if tally.dead or tally.skipped or tally.superseded or tally.redriven:
-            stage.dead += tally.dead
-            stage.skipped += tally.skipped
-            stage.superseded += tally.superseded
-            stage.redriven += tally.redriven
+        stage = self.tally.stages.setdefault(tally.stage, StageTally())
+        stage.found += tally.found * times
+        stage.settled += tally.settled * times
+        self.unsettled += (tally.found - tally.settled) * times
+        stage.dead += tally.dead * times
+        stage.skipped += tally.skipped * times
+        stage.superseded += tally.superseded * times
+        stage.redriven += tally.redriven * times
         if tally.counts is not None:
-            stage.counts.add(tally.counts)
+            for _ in range(times):
+                stage.counts.add(tally.counts)
 
 
 class MemoryBackend:
@@ -202,6 +199,7 @@ class MemoryBackend:
             puts = {n: _puts(commit) for n, commit in enumerate(fit)}  # before any is applied
         self._expire()
         answers = [self._apply(commit, puts.get(n, ())) for n, commit in enumerate(fit)]
+        self._count(fit, answers)
         if published:
             self._news({publish.stage for publish in published})
         for n, commit in enumerate(fit):
@@ -236,7 +234,7 @@ class MemoryBackend:
                     self._put(event, publish.stage, 0, publish.delay)
         for name, record in puts:
             self.store(name, [record])
-        return self._count(commit.tally) if commit.tally else _DONE
+        return _DONE
 
     def _conflict(self, commit: Commit) -> VersionConflict:
         known = self._streams
@@ -272,25 +270,25 @@ class MemoryBackend:
         elif lane.dead:
             lane.dead.pop(name, None)
 
-    def _count(self, tallies: Sequence[Tally]) -> Committed:
-        ended = False
-        for tally in tallies:
+    def _count(self, work: Sequence[Commit], answers: list[Committed | VersionConflict]) -> None:
+        """Count what was applied of `work`; in their answers, tell of the rounds that are complete now."""
+        keys: dict[tuple[str, int], None] = {}
+        for tally, times in counted(
+            commit for commit, answer in zip(work, answers, strict=True) if answer is _DONE
+        ):
             key = (tally.run, tally.round)
-            round_ = self._rounds.get(key)
-            if round_ is None:
-                round_ = self._rounds[key] = _Round()
-            round_.add(tally)
-            if round_.unsettled == 0:
-                ended = True
-        if not ended:
-            return _DONE
+            keys[key] = None
+            self._rounds.setdefault(key, _Round()).add(tally, times)
         complete: dict[tuple[str, int], RunTally] = {}
-        for tally in tallies:
-            key = (tally.run, tally.round)
+        for key in keys:
             round_ = self._rounds[key]
             if round_.unsettled == 0 and round_.tally.closed and round_.tally.complete:
                 complete[key] = copy_tally(round_.tally)
-        return Committed(complete) if complete else _DONE
+        if complete:
+            for n, commit in enumerate(work):
+                own = {(tally.run, tally.round) for tally in commit.tally} & complete.keys()
+                if own and answers[n] is _DONE:
+                    answers[n] = Committed({key: complete[key] for key in own})
 
     async def last(self, streams: Sequence[str]) -> Mapping[str, Event]:
         known = self._streams

@@ -12,6 +12,7 @@ from typing import Any, Final, Protocol
 import msgspec
 
 from flowlane import state
+from flowlane.backends.common import counted
 from flowlane.backends.sqlite.records import store
 from flowlane.backends.sqlite.schema import keep_order
 from flowlane.backends.sqlite.wall import Wall
@@ -117,9 +118,9 @@ class Group:
         Raises:
             Permanent: an event is too long.
         """
-        tallies: dict[int, Tally] = {}  # small units that end alike share one
-        times: dict[int, int] = {}
+        taken: list[Commit] = []
         for commit, held in entries:
+            taken.append(commit)
             head, publishes = None, commit.publish
             texts: dict[tuple[str, int], bytes] | None = {} if publishes else None
             if held is not None:
@@ -128,17 +129,13 @@ class Group:
                 self.acks.setdefault(lease, []).append(number)
             for append in commit.appends:
                 self._append(append, head, texts)
-            for tally in commit.tally:
-                known = id(tally)
-                tallies[known] = tally
-                times[known] = times.get(known, 0) + 1
             if texts is not None:
                 for publish in publishes:
                     self._publish(publish, texts)
                 if self.reminders:
                     break
-        for known, tally in tallies.items():
-            self._count(tally, times[known])
+        for tally, times in counted(taken):
+            self._count(tally, times)
 
     def _append(
         self, append: Append, head: Event | None, texts: MutableMapping[tuple[str, int], bytes] | None
