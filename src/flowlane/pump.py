@@ -43,7 +43,7 @@ PATIENCE = 20.0
 #: Seconds after the first of those held is settled that more are received, however few have been by then.
 _FILL = 0.2
 #: Seconds after which slots look whether the loop has turned, and after as many more wait until it has.
-_TURN = 0.004
+_TURN = 0.003
 
 
 class Slot:
