@@ -68,8 +68,8 @@ class Findings(msgspec.Struct, eq=False, gc=False):
         """Take the unit `item` that the handler of `attempt` yielded.
 
         Raises:
-            Permanent: it is no unit, no stage handles such units, its event is too long, or its order key
-                cannot be one.
+            Permanent: it is no unit, no stage handles such units, JSON cannot hold it, its event is too long,
+                or its order key cannot be one.
         """
         engine, origin, lane = attempt.engine, attempt.origin, attempt.stage.lane
         handling = attempt.handling.yields.get(type(item)) or _handling(attempt, item)
@@ -83,7 +83,7 @@ class Findings(msgspec.Struct, eq=False, gc=False):
             item.unit_type,
             stream,
             engine.stamp(now),
-            Raw(events.encode_data(item)),
+            _payload(attempt, item),
             1,
             origin.run,
             origin.round,
@@ -113,7 +113,7 @@ class Findings(msgspec.Struct, eq=False, gc=False):
             fact.unit_type,
             stream,
             engine.stamp(),
-            Raw(events.encode_data(fact)),
+            _payload(attempt, fact),
             expected + 1,
             origin.run,
             origin.round,
@@ -200,3 +200,13 @@ def _handling(attempt: Attempt, item: Any) -> Handling:
             "yield units from lane.triggered or from a unit's stage, or trigger another lane"
         )
     return handling
+
+
+def _payload(attempt: Attempt, item: Unit) -> Raw:
+    try:
+        return Raw(events.encode_data(item))
+    except (TypeError, ValueError, RecursionError, msgspec.EncodeError) as error:
+        raise Permanent(
+            f"stage {attempt.stage.name} yielded {item!r:.80}, which JSON cannot hold ({error}): "
+            "give it numbers, text that is Unicode, lists and objects of these"
+        ) from None

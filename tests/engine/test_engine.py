@@ -193,6 +193,7 @@ class Strange(Unit, key="n"):
     """Has a key that may be anything."""
 
     n: Any
+    more: Any = None
 
 
 def strange_lane(units: Iterable[Any]) -> Lane:
@@ -216,13 +217,16 @@ def strange_lane(units: Iterable[Any]) -> Lane:
         (Keyless(), "has no key"),
         (Strange(n=[1]), "in its key field 'n'"),
         (Strange(n=1.5), "in its key field 'n'"),
-        (Strange(n="\ud800"), "surrogates"),
+        (Strange(n="\ud800"), r"yielded Strange(n='\ud800', more=None), which JSON cannot hold"),
+        (Strange(n=1, more={1j: 2}), "which JSON cannot hold"),
+        (Strange(n=1, more=object()), "which JSON cannot hold"),
     ],
 )
 def test_a_discovery_that_yields_nonsense_is_dead_with_its_reason(item: Any, said: str) -> None:
     async def scenario(bench: Bench) -> None:
         report = await bench.run(strange_lane([Thing(n=1), item]))
         assert said in only(report)
+        assert "attempts" not in only(report), "at once, since it will not get better"
         assert report.dead[0]["unit"] == report.run
         assert report.units["found"] == report.units["settled"], "what was found before counts"
 
