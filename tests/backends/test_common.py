@@ -19,10 +19,10 @@ from flowlane.backends.common import (
     partition,
     portions,
 )
-from flowlane.errors import ConfigError, Permanent
-from flowlane.ports import Channel, ChannelRecord, Environment
+from flowlane.errors import ConfigError, Permanent, VersionConflict
+from flowlane.ports import Backend, Channel, ChannelRecord, Commit, Committed, Environment, Tally
 from flowlane.testing.manual import ManualClock
-from flowlane.testing.units import within
+from flowlane.testing.units import RUN, append, applied, discover, found, settle, within
 
 
 @pytest.fixture
@@ -31,9 +31,9 @@ def clock() -> ManualClock:
 
 
 @pytest.fixture(params=["memory", "sqlite"])
-async def channel(
+async def backend(
     request: pytest.FixtureRequest, tmp_path: Path, clock: ManualClock
-) -> AsyncIterator[Channel]:
+) -> AsyncIterator[Backend]:
     environment = Environment(clock, cast("Any", None))
     opened = (
         memory.open_backend("memory://", environment)
@@ -41,7 +41,24 @@ async def channel(
         else sqlite.open_backend(f"sqlite:///{tmp_path}/f.db", environment)
     )
     async with opened as backend:
-        yield backend.channel("changes")
+        yield backend
+
+
+@pytest.fixture
+def channel(backend: Backend) -> Channel:
+    return backend.channel("changes")
+
+
+async def test_of_a_group_the_last_that_counted_is_told_that_its_round_is_complete(backend: Backend) -> None:
+    closing = Commit((), (), (Tally(RUN, 0, "load", closed=True),))
+    await applied(backend, closing, *(discover(found(key)) for key in "abc"))
+    one, two, three = await backend.receive(["load"], 9, lease=60)
+    other = Commit((append(found("aside", run="", stage="")),))
+    taken = Commit((append(found("a")),), (), (Tally(RUN, 0, "load", settled=1),))
+    answers = await backend.commit([settle(one), settle(two), settle(three), other, taken])
+    assert isinstance(answers[-1], VersionConflict)
+    told = [list(answer.tally or ()) for answer in answers if isinstance(answer, Committed)]
+    assert told == [[], [], [(RUN, 0)], []]
 
 
 async def test_news_that_came_while_one_looked_are_not_missed() -> None:

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iter
 
 import msgspec
 
-from flowlane.errors import ConfigError, Permanent, redact
+from flowlane.errors import ConfigError, Permanent, VersionConflict, redact
 from flowlane.events import MAX_ACTIONS, SURELY_FITS, Event, Raw, encode, encode_data
 from flowlane.lane import duration
-from flowlane.ports import Append, ChannelBatch, ChannelRecord, Commit, Tally
+from flowlane.ports import Append, ChannelBatch, ChannelRecord, Commit, Committed, Tally
 from flowlane.state import Counts, RunTally, StageTally
 
 #: A channel's records are spread over this many partitions, by their key.
@@ -166,6 +166,23 @@ def counted(work: Iterable[Commit]) -> Iterable[tuple[Tally, int]]:
             tallies[known] = tally
             times[known] = times.get(known, 0) + 1
     return zip(tallies.values(), times.values(), strict=True)
+
+
+def tell(
+    work: Sequence[Commit],
+    answers: list[Committed | VersionConflict],
+    complete: dict[tuple[str, int], RunTally],
+) -> None:
+    """In the `answers` to `work`, tell of each round that is `complete` now the last commit that counted in
+    it, which made it so: each that is told goes and completes the run. Empties `complete`."""
+    for n in range(len(work) - 1, -1, -1):
+        if not complete:
+            return
+        if isinstance(answers[n], Committed):
+            counted_in = dict.fromkeys((tally.run, tally.round) for tally in work[n].tally)
+            rounds = [key for key in counted_in if key in complete]
+            if rounds:
+                answers[n] = Committed({key: complete.pop(key) for key in rounds})
 
 
 def copy_counts(counts: Counts) -> Counts:

@@ -30,6 +30,7 @@ from flowlane.backends.common import (
     held_for,
     partition,
     portions,
+    tell,
 )
 from flowlane.clock import Clock
 from flowlane.errors import ConfigError, VersionConflict, redact
@@ -271,7 +272,7 @@ class MemoryBackend:
             lane.dead.pop(name, None)
 
     def _count(self, work: Sequence[Commit], answers: list[Committed | VersionConflict]) -> None:
-        """Count what was applied of `work`; in their answers, tell of the rounds that are complete now."""
+        """Count what was applied of `work`, and see ``tell``."""
         keys: dict[tuple[str, int], None] = {}
         for tally, times in counted(
             commit for commit, answer in zip(work, answers, strict=True) if answer is _DONE
@@ -284,11 +285,7 @@ class MemoryBackend:
             round_ = self._rounds[key]
             if round_.unsettled == 0 and round_.tally.closed and round_.tally.complete:
                 complete[key] = copy_tally(round_.tally)
-        if complete:
-            for n, commit in enumerate(work):
-                own = {(tally.run, tally.round) for tally in commit.tally} & complete.keys()
-                if own and answers[n] is _DONE:
-                    answers[n] = Committed({key: complete[key] for key in own})
+        tell(work, answers, complete)
 
     async def last(self, streams: Sequence[str]) -> Mapping[str, Event]:
         known = self._streams

@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 import msgspec
 
 from flowlane import state
-from flowlane.backends.common import counted
+from flowlane.backends.common import counted, tell
 from flowlane.backends.sqlite.records import store
 from flowlane.backends.sqlite.schema import keep_order
 from flowlane.backends.sqlite.wall import Wall
@@ -290,13 +290,10 @@ def apply(
         groups = grouped(entry for n, entry in enumerate(entries) if n not in conflicts)
         for group in groups:
             group.write(connection, wall.moment)
-    complete = _count(connection, groups)
-    answers = iter(
-        [conflicts.get(n) or _committed(commit, complete) for n, (commit, _) in enumerate(entries)]
-        if conflicts or complete
-        else [_DONE] * len(entries)
-    )
-    return [[*islice(answers, len(work.entries))] for work in works]
+    answers: list[Committed | VersionConflict] = [conflicts.get(n, _DONE) for n in range(len(entries))]
+    tell([commit for commit, _ in entries], answers, _count(connection, groups))
+    left = iter(answers)
+    return [[*islice(left, len(work.entries))] for work in works]
 
 
 def _conflicts(connection: sqlite3.Connection, entries: Sequence[Entry]) -> dict[int, VersionConflict]:
@@ -332,13 +329,6 @@ def _count(connection: sqlite3.Connection, groups: Sequence[Group]) -> dict[tupl
         if done:
             complete[run, round_] = read_tally(connection, run, round_)
     return complete
-
-
-def _committed(commit: Commit, complete: Mapping[tuple[str, int], RunTally]) -> Committed:
-    if not complete or not commit.tally:
-        return _DONE
-    keys = {(tally.run, tally.round) for tally in commit.tally}
-    return Committed({key: complete[key] for key in keys if key in complete})
 
 
 def read_tally(connection: sqlite3.Connection, run: str, round: int) -> RunTally:
