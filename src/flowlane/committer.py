@@ -30,6 +30,8 @@ Answer = Committed | VersionConflict | BaseException
 GROUP = 512
 #: Appends in one group, at most (and one commit more): units with many children make long transactions.
 _APPENDS = 1024
+#: Seconds for which a group waits for more, at most, as long as each turn of the loop brings some.
+_LINGER = 0.03
 _RESOLVERS = 4
 
 
@@ -68,6 +70,8 @@ class Committer:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._work: deque[tuple[Commit, Attempt | asyncio.Future[Committed | VersionConflict]]] = deque()
+        self._appends = 0  # of all that is in `_work`
+        self._lingers = False  # the log gives way before it answers: see ``_linger``
         self._open_ends: asyncio.Queue[tuple[Commit, Attempt, Answer]] = asyncio.Queue()
         self._unresolved = 0  # taken from `_work`, and not through
         self._wake: asyncio.Future[None] | None = None
@@ -90,7 +94,7 @@ class Committer:
 
     @asynccontextmanager
     async def _opened(self) -> AsyncIterator[None]:
-        self._unresolved, self._idle, self.refused = 0, None, None
+        self._unresolved, self._idle, self.refused, self._lingers = 0, None, None, False
         try:
             async with asyncio.TaskGroup() as tasks:
                 work = [self._run, *[self._resolve] * _RESOLVERS]
@@ -121,6 +125,7 @@ class Committer:
             elif not who.done():
                 who.set_exception(away)
                 who.exception()  # that nobody asks for it any more is no complaint
+        self._appends = 0
         self._release_waiting()
 
     def _release_waiting(self) -> None:
@@ -143,6 +148,7 @@ class Committer:
     def submit(self, commit: Commit, attempt: Attempt) -> None:
         """Hand in an attempt's last commit."""
         self._work.append((commit, attempt))
+        self._appends += len(commit.appends)
         if self._wake is not None:
             self._kick()
 
@@ -160,6 +166,7 @@ class Committer:
         """Hand in `commit`, behind all that was handed in before; the answer comes later."""
         answer: asyncio.Future[Committed | VersionConflict] = asyncio.get_running_loop().create_future()
         self._work.append((commit, answer))
+        self._appends += len(commit.appends)
         self._kick()
         return answer
 
@@ -178,7 +185,10 @@ class Committer:
                 finally:
                     self._wake = None
                 continue
+            if self._lingers:
+                await self._linger()
             group = self._take()
+            left = len(self._work)
             self._unresolved += len(group)
             answers: list[Answer] | tuple[Answer, ...]
             try:
@@ -191,21 +201,37 @@ class Committer:
             except asyncio.CancelledError:
                 self._work.extendleft(reversed(group))  # for `_let_go`
                 raise
+            self._lingers = self._lingers or len(self._work) > left
             self._hand_out(group, answers)
             del group, answers  # all that was decided: it would live on until there is more
             if self._work:
                 await self._engine.clock.sleep(0)  # a backend in memory answers without giving way
 
+    async def _linger(self) -> None:
+        """Wait while each turn of the loop brings more, until there is a whole group.
+
+        A log that is not in this process has a price for each group, and as long as the loop is busy nobody
+        gains by an answer to the first few. One in memory, which is done before anything more can come, is
+        better asked while all that it needs is at hand.
+        """
+        clock, work = self._engine.clock, self._work
+        known, until = 0, clock.monotonic() + _LINGER
+        while known < len(work) < GROUP and self._appends < _APPENDS and clock.monotonic() < until:
+            known = len(work)
+            await clock.sleep(0)
+
     def _take(self) -> list[tuple[Commit, Attempt | asyncio.Future[Committed | VersionConflict]]]:
         work = self._work
-        if len(work) <= GROUP and sum([len(commit.appends) for commit, _ in work]) <= _APPENDS:
+        if len(work) <= GROUP and self._appends <= _APPENDS:
             group = list(work)
             work.clear()
+            self._appends = 0
             return group
         group, appends = [], 0
         while work and len(group) < GROUP and appends < _APPENDS:
             group.append(work.popleft())
             appends += len(group[-1][0].appends)
+        self._appends -= appends
         return group
 
     async def _alone(self, commit: Commit) -> Answer:

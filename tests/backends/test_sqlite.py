@@ -23,7 +23,7 @@ from flowlane.backends.sqlite import group, open_backend, reader, writer
 from flowlane.backends.sqlite.wide import Wide
 from flowlane.errors import ConfigError, Permanent, Retryable, VersionConflict
 from flowlane.events import UNIT_DEAD, UNIT_REDRIVEN, UNIT_SETTLED, Event
-from flowlane.ports import Backend, ChannelRecord, Commit, Environment, Tally
+from flowlane.ports import Backend, ChannelRecord, Commit, Environment, Publish, Tally
 from flowlane.state import StageTally
 from flowlane.testing.backend_model import Opener, Storage
 from flowlane.testing.backend_suite import BackendSuite
@@ -552,6 +552,24 @@ async def test_a_file_of_an_earlier_build_gets_what_it_lacks(tmp_path: Path) -> 
     with closing(sqlite3.connect(path)) as new:
         plan = new.execute("EXPLAIN QUERY PLAN " + reader._RUNS, (LANE, 5)).fetchall()
     assert any("log_runs" in row[3] for row in plan)
+
+
+async def test_a_reminder_looks_the_stream_up_by_an_index_that_the_first_one_makes(tmp_path: Path) -> None:
+    """What nobody is reminded of pays nothing for it."""
+    path, event = tmp_path / "f.db", found("a")
+
+    def plan() -> str:
+        with closing(sqlite3.connect(path)) as other:
+            rows = other.execute(f"EXPLAIN QUERY PLAN {group._REMIND}", ("", 0, "", 1, None, None))
+            return " ".join(row[3] for row in rows)
+
+    async with open_backend(f"sqlite:///{path}", environment()) as backend:
+        await applied(backend, discover(event))
+        assert "queue_stream" not in plan()
+        for _ in range(2):
+            await applied(backend, Commit((), (Publish(event, "load", repeat=True),)))
+            assert "queue_stream" in plan()
+        assert [d.event.subject for d in await backend.receive(["load"], 9, lease=9)] == ["suite/a"]
 
 
 async def test_the_queue_of_an_earlier_build_learns_of_groups(tmp_path: Path) -> None:

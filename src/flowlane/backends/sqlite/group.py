@@ -14,7 +14,7 @@ import msgspec
 from flowlane import state
 from flowlane.backends.common import counted, tell
 from flowlane.backends.sqlite.records import store
-from flowlane.backends.sqlite.schema import keep_order
+from flowlane.backends.sqlite.schema import find_by_stream, keep_order
 from flowlane.backends.sqlite.wall import Wall
 from flowlane.backends.sqlite.wide import Wide
 from flowlane.errors import VersionConflict
@@ -226,6 +226,8 @@ class Group:
         if any(row[-1] for row in (*lines, *reminders)):
             keep_order(connection)
         _LINE_UP.run(connection, [*chain.from_iterable(lines)])
+        if reminders:
+            find_by_stream(connection)
         for row in reminders:  # whether a unit is queued depends on all that was acked and published before
             connection.execute(_REMIND, row)
 

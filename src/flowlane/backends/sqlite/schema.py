@@ -60,7 +60,6 @@ CREATE TABLE IF NOT EXISTS queue (
     stream TEXT NOT NULL, version INTEGER NOT NULL, attempt INTEGER NOT NULL DEFAULT 0,
     lease INTEGER NOT NULL DEFAULT 0, event TEXT, grp TEXT);
 CREATE INDEX IF NOT EXISTS queue_due ON queue (stage, due);
-CREATE INDEX IF NOT EXISTS queue_stream ON queue (stream);
 CREATE INDEX IF NOT EXISTS queue_group ON queue (stage, grp) WHERE grp IS NOT NULL;
 CREATE TABLE IF NOT EXISTS channel (
     channel TEXT, partition INTEGER, position INTEGER, key TEXT NOT NULL, data BLOB NOT NULL,
@@ -83,6 +82,8 @@ _TRIGGERS: Final = (
     BEGIN UPDATE queue SET due = due - {_BEHIND} WHERE due >= {_BEHIND // 2} AND id = (
         SELECT min(id) FROM queue WHERE stage = OLD.stage AND grp = OLD.grp); END""",  # noqa: S608  # a constant
 )
+
+_BY_STREAM: Final = "CREATE INDEX IF NOT EXISTS queue_stream ON queue (stream)"
 
 # An earlier build had no groups.
 _GROUPLESS: Final = """
@@ -214,6 +215,12 @@ def keep_order(connection: sqlite3.Connection) -> None:
     without groups has no triggers, which would cost each of its entries half a microsecond."""
     for statement in _TRIGGERS:
         connection.execute(statement)
+
+
+def find_by_stream(connection: sqlite3.Connection) -> None:
+    """From now on what the queue has of a stream is found without going through all of it. For each
+    transaction that reminds of units: where no sweep has had to, it would cost each entry a microsecond."""
+    connection.execute(_BY_STREAM)
 
 
 def _connected(settings: Settings, timeout: float) -> sqlite3.Connection:

@@ -230,7 +230,7 @@ class Writer:
         self._opened.set_exception(error)
         self._ended.set_result(None)
 
-    def _answer(self, group: Sequence[_Pending]) -> None:
+    def _answer(self, group: list[_Pending]) -> None:
         names: set[str] = set()
         everybody = False
         for pending in group:
@@ -244,5 +244,7 @@ class Writer:
             wakes = pending.request.wakes
             everybody = everybody or wakes is None
             names.update(wakes or ())
+        # What the loop has made it frees: the thread would do so late, and from the other core.
+        group.clear()
         if everybody or names:
             self._news(() if everybody else names)
