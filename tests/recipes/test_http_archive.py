@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from flowlane import ConfigError, Event, Lane, Policy, plugins
+from flowlane import ConfigError, Context, Event, Lane, Policy, Unit, plugins
 from flowlane.backends.memory import MemoryBackend
 from flowlane.clock import SystemClock
 from flowlane.compose import Application, open_application
@@ -26,6 +26,7 @@ from flowlane.hookspecs import Provides, hookimpl
 from flowlane.plugins import Registry
 from flowlane.ports import Backend, Environment
 from flowlane.recipes import http_archive
+from flowlane.recipes.http_archive import Archive
 from flowlane.redrive import redrive
 from flowlane.report import Report
 from flowlane.settings import Settings
@@ -583,6 +584,36 @@ async def test_an_hour_missing_for_too_long_becomes_a_gap_for_good(site: Site) -
     report = await site.run(lane)
     assert (report.outcome, report.units["found"]) == ("settled", 0)
     assert set(site.asked("HEAD")[asked:]) <= {"/2024-01-01-6.json.gz"}, "gaps are for good"
+
+
+async def test_an_hour_that_is_a_unit_is_neither_pending_nor_missing(quick_site: Site) -> None:
+    """An attempt that found it ended, at its deadline, say, before the bookmark was kept; and the next one
+    is told that it is not there."""
+    site = quick_site
+    served = site.serve(range(6))
+    begun = Lane("hub", policy=QUICK)
+
+    @begun.stage(on=begun.triggered)
+    async def find(event: Event, ctx: Context) -> AsyncIterator[Unit]:
+        for hour in (0, 3, 5):
+            name = f"2024-01-01-{hour}.json.gz"
+            yield Archive(
+                period=text(hour), url=site.server.url(f"/{name}"), to=f"{site.lake.as_uri()}/{name}"
+            )
+
+    @begun.stage(on=Archive)
+    async def land(event: Event, ctx: Context) -> None:
+        await ctx.copy(event.data.url, to=event.data.to)
+
+    await site.run(begun)
+    site.server.remove("/2024-01-01-0.json.gz")  # for so long that it would be a gap
+    site.server.serve("/2024-01-01-3.json.gz", served["2024-01-01-3.json.gz"], status=503)
+    site.server.remove("/2024-01-01-5.json.gz")
+    report = await site.run(site.lane())
+    assert (report.outcome, report.units["found"]) == ("settled", 3)
+    hours = await site.hours(site.lane())
+    assert (hours["missing"], hours["pending"], hours["covered"]) == ([], {}, 6)
+    assert site.landed() == served
 
 
 async def test_an_hour_published_again_is_ignored(quick_site: Site) -> None:

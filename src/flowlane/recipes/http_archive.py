@@ -318,15 +318,25 @@ class _Search:
         """Ask for all of `periods`, and note the answers in order."""
         async with asyncio.TaskGroup() as tasks:
             asked = [tasks.create_task(self._head(period)) for period in periods]
-        mute = all(isinstance(task.result(), Retryable) for task in asked)
+        answers = dict(zip(periods, [task.result() for task in asked], strict=True))
+        mute = all(isinstance(answer, Retryable) for answer in answers.values())
         self._silence = self._silence + 1 if mute else 0
-        found = [
-            (period, self._note(period, task.result())) for period, task in zip(periods, asked, strict=True)
-        ]
+        known = await self._known([p for p, answer in answers.items() if not isinstance(answer, ObjectInfo)])
+        found = [(period, self._note(period, answers[period], period in known)) for period in periods]
         if self._silent and self._answers and self._heard != self._ctx.run:
             self._heard = self._ctx.run  # the next attempt asks only for the silent ones
             self.changed = True
         return found
+
+    async def _known(self, periods: list[datetime]) -> set[datetime]:
+        """Which of `periods` are units, though the bookmark may not say so: an attempt that found them ended
+        before its bookmark was kept. One with a version in its key cannot be asked for."""
+        if self._refresh or not periods:
+            return set()
+        plan = self._plan
+        units = [Archive(period=_text(p), url=plan.url(p), to=plan.target(p)) for p in periods]
+        known = await self._ctx.known(units)
+        return {period for period, is_known in zip(periods, known, strict=True) if is_known}
 
     async def _head(self, period: datetime) -> ObjectInfo | Retryable | Permanent | None:
         try:
@@ -334,7 +344,9 @@ class _Search:
         except (Retryable, Permanent) as error:
             return error
 
-    def _note(self, period: datetime, answer: ObjectInfo | Retryable | Permanent | None) -> ObjectInfo | None:
+    def _note(
+        self, period: datetime, answer: ObjectInfo | Retryable | Permanent | None, known: bool
+    ) -> ObjectInfo | None:
         text = _text(period)
         if period >= self._next:
             self._next = period + self._plan.step
@@ -342,6 +354,10 @@ class _Search:
         elif period < self._start:
             self._start = period
             self.changed = True
+        if known:  # neither waited for nor missing, whatever its source says now
+            self._answers += answer is None
+            self.changed |= self._pending.pop(text, None) is not None
+            return None
         if isinstance(answer, Retryable | Permanent):
             self._silent.append(answer)
             self._wait(text, str(answer)[:_MAX_REASON])
