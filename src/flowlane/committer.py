@@ -210,9 +210,9 @@ class Committer:
     async def _linger(self) -> None:
         """Wait while each turn of the loop brings more, until there is a whole group.
 
-        A log that is not in this process has a price for each group, and as long as the loop is busy nobody
-        gains by an answer to the first few. One in memory, which is done before anything more can come, is
-        better asked while all that it needs is at hand.
+        A log that gives way before it answers has a price for each group, and as long as the loop is busy
+        nobody gains by an answer to the first few. One in memory, which is done before anything more can
+        come, is better asked while all that it needs is at hand.
         """
         clock, work = self._engine.clock, self._work
         known, until = 0, clock.monotonic() + _LINGER
