@@ -20,9 +20,11 @@ PATIENCE: Final = 1.0
 FEW: Final = 64
 
 
-async def gathered(body: AsyncIterable[bytes], clock: Clock) -> AsyncGenerator[list[bytes]]:
-    """The blocks of `body`, in lists of at least three quarters of ``ENOUGH``, shorter at the end and where
-    they come slowly. What came before an error of the body's is handed out before it is raised."""
+async def gathered(
+    body: AsyncIterable[bytes], clock: Clock, enough: int = ENOUGH
+) -> AsyncGenerator[list[bytes]]:
+    """The blocks of `body`, in lists of at least three quarters of `enough` bytes, shorter at the end and
+    where they come slowly. What came before an error of the body's is handed out before it is raised."""
     held: list[bytes] = []
     size = total = 0
     began = clock.monotonic()
@@ -33,7 +35,7 @@ async def gathered(body: AsyncIterable[bytes], clock: Clock) -> AsyncGenerator[l
             size += len(block)
             total += len(block)
             slow = clock.monotonic() - began > PATIENCE and total >= FEW
-            if size > ENOUGH * 3 // 4 or slow:
+            if size > enough * 3 // 4 or slow:
                 yield held
                 held, size = [], 0
                 began = clock.monotonic()

@@ -123,7 +123,8 @@ class Gzip:
     def _deflate(self) -> Iterator[bytes]:
         # The inflater copies what it has not used yet, after every piece and at a member's end: short slices
         # keep that small, the shortest ones where members are tiny.
-        data = self._take(self._slice)
+        data: bytes | memoryview = memoryview(self._block)[self._at : self._at + self._slice]
+        self._at += len(data)
         self._slice = min(self._slice * 8, _LAST_SLICE)
         while True:
             try:
