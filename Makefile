@@ -5,6 +5,7 @@ TIME ?= 600
 
 PY := .venv/bin/python
 STAMP := .venv/.stamp
+COMPILED := .venv/.compiled
 SERVERS := .venv-servers/.stamp
 NODE_SERVERS := .venv-servers/.node-stamp
 KINESALITE := kinesalite@3.3.3
@@ -40,9 +41,16 @@ $(NODE_SERVERS): $(SERVERS)
 demo: setup
 	@$(PY) -m examples.demo
 
+TESTS = PYTHONDONTWRITEBYTECODE= $(PY) -m pytest tests $(wildcard plugins/*/tests)
+
 # With bytecode kept, whatever the environment says: each process would compile 400 files of tests each time.
-test: setup
-	@PYTHONDONTWRITEBYTECODE= $(PY) -m pytest tests $(wildcard plugins/*/tests) -n 6 --dist worksteal
+test: setup $(COMPILED)
+	@$(TESTS) -n 6 --dist worksteal
+
+# And compiled by one process the first time, not by all of them at once. What is wrong the tests will tell.
+$(COMPILED): $(STAMP)
+	@$(TESTS) --collect-only -qq -n 0 >/dev/null 2>&1 || true
+	@touch $@
 
 lint: setup
 	@$(PY) -m ruff check --quiet .

@@ -17,6 +17,8 @@ from click.testing import Result
 
 from flowlane.testing.lying_server import LyingServer
 
+pytestmark = pytest.mark.long
+
 Cli = Callable[..., Result]
 Process = Callable[..., subprocess.CompletedProcess[str]]
 COMMAND = [sys.executable, "-m", "flowlane"]

@@ -7,6 +7,8 @@ import pytest
 from tests.kills.aws import AwsCampaign
 from tests.kills.aws_drops import AwsDrops
 
+pytestmark = pytest.mark.long
+
 pytest.importorskip("awslambdaric", reason="awslambdaric is not installed (it has wheels for Linux only)")
 
 

@@ -6,6 +6,8 @@ import pytest
 
 from tests.kills.channel import ChannelCampaign
 
+pytestmark = pytest.mark.long
+
 pytest.importorskip("flowlane_aws", reason="the plugin for AWS is not installed")
 
 

@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.kills.drops import DropsCampaign
+
+pytestmark = pytest.mark.long
 
 
 def test_drops_out_of_order_and_doubled_under_kills(tmp_path: Path) -> None:

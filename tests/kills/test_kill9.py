@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.kills.campaign import Campaign
+
+pytestmark = pytest.mark.long
 
 
 def test_two_workers_on_one_file_survive_fifty_kills(tmp_path: Path) -> None:

@@ -6,8 +6,12 @@ import json
 import time
 from pathlib import Path
 
+import pytest
+
 from flowlane.worker import GRACE
 from tests.kills.stage import HOLD, Ledger, under_fire
+
+pytestmark = pytest.mark.long
 
 
 def find(ledger: Ledger) -> None:

@@ -22,6 +22,7 @@ _PROCESSES = 2
 _SIMULATOR = ("-m", "flowlane.testing.simulator", "--json")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("first", range(0, SEEDS, _SHARE))
 def test_no_seed_shows_a_violation_and_every_fault_fires(first: int) -> None:
     each = _SHARE // _PROCESSES

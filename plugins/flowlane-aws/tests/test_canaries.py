@@ -26,6 +26,8 @@ from flowlane.compose import load_lane
 from flowlane.settings import Settings
 from flowlane_aws.clients import open_client
 
+pytestmark = pytest.mark.long
+
 MARK = "CANARY"
 #: Longer than any place where errors are cut, so that no half of one is left over.
 LONG = "-bird" * 70

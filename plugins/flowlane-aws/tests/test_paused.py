@@ -21,6 +21,8 @@ from flowlane.testing.channel_suite import close, numbers
 from flowlane.testing.units import listed
 from flowlane_aws.clients import open_client
 
+pytestmark = pytest.mark.long
+
 BACKEND = "aws://paused?hold=4s"
 #: Handles one batch: says what is in it, waits to be told, and has effects for as long as it holds it.
 CONSUMER = f"""

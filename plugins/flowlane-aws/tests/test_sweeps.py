@@ -22,6 +22,8 @@ from flowlane_aws.backend import AwsBackend
 from flowlane_aws.log.commits import GRACE
 from tests.aws_backend import RealClock, Requests, counting, new_name, opened
 
+pytestmark = pytest.mark.long
+
 CUT = EndpointConnectionError(endpoint_url="http://gone")
 #: Seconds for which a unit may be silent here.
 QUIET = 100.0

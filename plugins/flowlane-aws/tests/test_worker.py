@@ -30,6 +30,8 @@ from flowlane.worker import report_of, run_once, serve
 from flowlane_aws.clients import open_client
 from tests.fault_proxy import FaultProxy, refused
 
+pytestmark = pytest.mark.long
+
 #: The lane of the processes; what its stages do outside is a line each in ``effects``.
 SLOW = """
 import asyncio, os, signal

@@ -30,6 +30,8 @@ from flowlane.state import progress, status
 from flowlane.testing.units import listed
 from flowlane_aws.clients import open_client
 
+pytestmark = pytest.mark.long
+
 #: Shards are held for 6 s: nobody waits for 30, and a machine that stands still for some costs no hold.
 BACKEND = "aws://wc?hold=6s"
 #: What its stages do outside is a line each in ``effects``.

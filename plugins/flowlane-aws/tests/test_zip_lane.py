@@ -26,6 +26,8 @@ from tests.aws_lambda.runtime_api import RuntimeApi
 from tests.dynamodb_tables import contents
 from tests.servers import ROOT, environment
 
+pytestmark = pytest.mark.long
+
 BACKEND = "aws://zips"
 LANE = ROOT / "examples" / "drops.py"
 SCALE = 0.0001  # 15 customers, 165 orders
