@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flowlane.errors import Damaged
-from flowlane.landing import check_magic
+from flowlane.landing import beginning, check_magic
 
 SKIPPABLE = b"\x5e\x2a\x4d\x18\x04\x00\x00\x00seek"
 
@@ -55,3 +55,9 @@ def test_anything_else_is_damaged(name: str, block: bytes) -> None:
 def test_a_page_is_no_data(name: str, block: bytes) -> None:
     with pytest.raises(Damaged, match=rf"http://h/{name} is a web page: it begins with b"):
         check_magic(f"http://h/{name}", block)
+
+
+@pytest.mark.parametrize("sizes", [[0], [1, 2, 3], [65_535, 1, 1], [65_536, 9], [3, 70_000, 5], [1] * 65_540])
+def test_the_beginning_is_that_of_all_blocks(sizes: list[int]) -> None:
+    blocks = [bytes([n % 251]) * size for n, size in enumerate(sizes)]
+    assert beginning(blocks) == b"".join(blocks)[:65_536]

@@ -135,6 +135,8 @@ _MAGIC = {
     ".zst": (b"\x28\xb5\x2f\xfd", *(bytes([n]) + b"\x2a\x4d\x18" for n in range(0x50, 0x60))),
     ".zip": (b"PK",),
 }
+#: Bytes by which an object is known: a page may begin with white space.
+_BEGINNING = 64 << 10
 #: Of these, only what they are not can be told.
 _TEXT = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")
 
@@ -201,7 +203,7 @@ class _Copy:
         async with aclosing(gathered(body, clock, _LIST)) as lists:
             async for blocks in lists:
                 if not self.offset:
-                    check_magic(self.where, b"".join(blocks))
+                    check_magic(self.where, beginning(blocks))
                 await self._take(blocks, goal)
                 if self.attempt.near_deadline():
                     await self._pause(goal)
@@ -312,6 +314,16 @@ class _Copy:
         landed = await self.upload.commit()
         _done(self.attempt, self.name, whole, self.state.etag)
         return landed
+
+
+def beginning(blocks: list[bytes]) -> bytes:
+    """As much of `blocks` as an object is known by; they may be several MiB, and this is done on the loop."""
+    held = bytearray()
+    for block in blocks:
+        held += block[: _BEGINNING - len(held)]
+        if len(held) == _BEGINNING:
+            break
+    return bytes(held)
 
 
 def _split(blocks: list[bytes], count: int) -> tuple[list[bytes], list[bytes]]:
