@@ -96,6 +96,7 @@ class Engine:
             self._connect(lane)
         self._prefix = clock.token()
         self.turns = Turns()
+        self.copies = 0  #: under way, see ``landing``
         self.marks: defaultdict[str, Marks] = defaultdict(Marks)  #: by channel
         self.changes: deque[dict[str, str]] = deque(maxlen=_CHANGES)  #: see ``note_change``
         self._under_way: set[Attempt] = set()  # those that ``process`` handles at this moment

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 import msgspec
 
 from flowlane import events
-from flowlane.blocks import gathered
+from flowlane.blocks import ENOUGH, gathered
 from flowlane.deadline import Interrupted
 from flowlane.errors import (
     ConfigError,
@@ -45,8 +45,9 @@ _FIRST = 2
 
 #: Bytes that are proven by one hop into a thread. More than a hop is worth by itself: while the thread
 #: decodes, the loop takes up to 512 KiB from the socket in small bits, each at the price of a large one, and
-#: both wait for Python's lock. That is half of each 1 MiB, but an eighth of each 4 MiB: a tenth of the CPU.
-_LIST = 4 << 20
+#: both wait for Python's lock. That is half of each 1 MiB, but a sixteenth of each 8 MiB: a tenth of the CPU.
+#: The copies that are under way in a process share it, as far as it is worth a hop for each.
+_LIST = 8 << 20
 
 
 async def copy(  # the parameters are the promise of ``Context.copy``
@@ -200,17 +201,29 @@ class _Copy:
     async def _pass_on(self, body: Body, goal: int) -> None:
         clock = self.attempt.engine.clock
         rhythm = float(self.attempt.stage.policy.lease) / 3
-        async with aclosing(gathered(body, clock, _LIST)) as lists:
-            async for blocks in lists:
-                if not self.offset:
-                    check_magic(self.where, beginning(blocks))
-                await self._take(blocks, goal)
-                if self.attempt.near_deadline():
-                    await self._pause(goal)
-                if clock.monotonic() - self.logged_at > rhythm:
-                    if self.offset > goal:
-                        await self._mark()
-                    await self.log(events.BATCH_WRITTEN)  # on the way to the goal too: somebody is at work
+        with self._share() as enough:
+            async with aclosing(gathered(body, clock, enough)) as lists:
+                async for blocks in lists:
+                    if not self.offset:
+                        check_magic(self.where, beginning(blocks))
+                    await self._take(blocks, goal)
+                    if self.attempt.near_deadline():
+                        await self._pause(goal)
+                    if clock.monotonic() - self.logged_at > rhythm:
+                        if self.offset > goal:
+                            await self._mark()
+                        # On the way to the goal, too: somebody is at work.
+                        await self.log(events.BATCH_WRITTEN)
+
+    @contextmanager
+    def _share(self) -> Iterator[int]:
+        """Bytes that this copy may take at once, being one of those under way."""
+        engine = self.attempt.engine
+        engine.copies += 1
+        try:
+            yield max(ENOUGH, _LIST // engine.copies)
+        finally:
+            engine.copies -= 1
 
     async def _take(self, blocks: list[bytes], goal: int) -> None:
         """Blocks pass: those before `goal`, which a resumed upload holds already, by the decoder alone."""

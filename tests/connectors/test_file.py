@@ -13,7 +13,7 @@ import pytest
 
 from flowlane.clock import SystemClock
 from flowlane.connectors import parts, paths
-from flowlane.connectors.file import HELD, FileStore, open_store
+from flowlane.connectors.file import BLOCK, FileStore, open_store
 from flowlane.errors import ConfigError, Fenced, Incomplete, Permanent, Retryable, Superseded
 from flowlane.ports import Connections, Environment
 from flowlane.testing.store_suite import StoreSuite, fetch, noise
@@ -224,7 +224,7 @@ async def test_a_former_owner_cannot_even_write(store: FileStore, base: str) -> 
             with pytest.raises(Fenced):
                 await one.flush()
             with pytest.raises(Fenced):
-                await one.write(b"x" * HELD)  # as much as is written at once
+                await one.write(b"x" * BLOCK)  # as much as is written at once
 
 
 async def test_a_double_of_the_same_owner_cannot_publish_the_others_bytes(

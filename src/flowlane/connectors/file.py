@@ -24,10 +24,8 @@ from flowlane.connectors.paths import matches, path_of, split_pattern, url_of
 from flowlane.errors import ConfigError, Incomplete, Permanent, Retryable, Superseded
 from flowlane.ports import Body, Environment, ObjectInfo, Upload
 
-#: A body hands out blocks of this size.
+#: A body hands out blocks of this size; an upload collects as much for one hop into a thread.
 BLOCK: Final = 1 << 20
-#: An upload collects so many bytes for one hop into a thread: the least that landing hands it in one go.
-HELD: Final = 3 << 20
 T = TypeVar("T")
 
 _SLICE: Final = 256  # objects listed per hop
@@ -229,10 +227,10 @@ class FileUpload:
             self._part = Part.create(self._target, owner)
 
     async def write(self, block: bytes) -> None:
-        """See ``Upload.write``. Blocks are collected up to ``HELD``, then written by one hop."""
+        """See ``Upload.write``. Blocks are collected up to 1 MiB, then written by one hop."""
         self._blocks.append(block)
         self._held += len(block)
-        if self._held >= HELD:
+        if self._held >= BLOCK:
             await self._drain()
 
     async def flush(self) -> int:
